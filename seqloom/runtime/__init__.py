@@ -1,0 +1,1 @@
+"""The runtime: loads an emitted program and trains it."""
