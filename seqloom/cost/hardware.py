@@ -1,0 +1,289 @@
+"""The machine as data: memory, arithmetic, links and achieved rates, read from `configs/hardware/*.json`.
+
+Role in the pipeline: `load_hardware` gives the `Hardware` that `cost.compute` and `cost.communication` turn into seconds and that the
+planner takes its memory limit from. Nothing here asks the present machine: a plan for eight H100s is made on any laptop. A file has
+exactly the fields of `Hardware`; `to_json` writes one back, so that a measuring program can make such a file.
+
+Units: bytes, seconds, bytes per second, FLOPS (operations per second, a multiply-add counting two). One GPU or one CPU process is a
+"device"; every figure is per device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from seqloom.errors import UserError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Link:
+    """One level of the interconnect.
+
+    `ranks_per_group` consecutive ranks reach each other through this level (8 for NVLink in a node of 8; the outermost level bounds the
+    size of the machine). `latency_s` is the cost of one step of a collective; `bandwidth_bytes_per_s` what one rank achieves in a
+    collective, in one direction, of the bytes that `communication.wire_bytes` counts (the "bus bandwidth" of nccl-tests).
+    """
+
+    name: str
+    ranks_per_group: int
+    latency_s: float
+    bandwidth_bytes_per_s: float
+
+
+@dataclass(frozen=True)
+class AttentionRate:
+    """Achieved fraction of peak FLOPS of one attention kernel on long sequences, of the FLOPs that a causal mask leaves."""
+
+    forward: float
+    backward: float
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Achieved rates by shape class, as fractions of the peaks.
+
+    `matmul`: (smallest of m, n, k; fraction of the dtype's peak), dimensions rising; between two points the fraction is linear.
+    `attention`: kernel name -> rates; the first kernel is the one that every PyTorch has on this machine.
+    `pointwise`: fraction of the memory bandwidth that elementwise kernels and copies reach.
+    """
+
+    matmul: tuple[tuple[int, float], ...]
+    attention: Mapping[str, AttentionRate]
+    pointwise: float
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One kind of device and how many of them are joined.
+
+    `memory_bytes` is the total that the device reports to a program (below the sold size in GiB: an 80 GB H100 reports 79.1 GiB);
+    `allocator_margin` the fraction of it that a plan leaves free for the context, communication buffers and fragmentation.
+    `peak_flops` maps dtype names (`bfloat16`) to dense peaks. `links` go from the inner to the outer level. `host_link_bandwidth` is
+    the achieved rate between device and host memory in one direction. `launch_overhead_s` is the least time a kernel takes.
+    `sources` say where the figures come from.
+    """
+
+    name: str
+    memory_bytes: int
+    allocator_margin: float
+    peak_flops: Mapping[str, float]
+    memory_bandwidth: float
+    host_link_bandwidth: float
+    launch_overhead_s: float
+    links: tuple[Link, ...]
+    rates: Rates
+    sources: tuple[str, ...]
+
+    @property
+    def usable_bytes(self) -> int:
+        """What a plan may use at its peak: the memory less the allocator margin."""
+        return int(self.memory_bytes * (1 - self.allocator_margin))
+
+    def with_memory_gib(self, gib: float) -> Hardware:
+        """The same machine with `gib` GiB of device memory (the margin is still taken from it). `UserError` unless above 0."""
+        if not (math.isfinite(gib) and gib > 0):
+            raise UserError(f"memory of {gib} GiB is impossible: give a number of GiB above 0 (hardware `{self.name}`)")
+        return dataclasses.replace(self, memory_bytes=int(gib * GIB))
+
+    def peak(self, dtype: torch.dtype) -> float:
+        """Dense peak FLOPS for `dtype`; `UserError` where the description has none."""
+        name = str(dtype).removeprefix("torch.")
+        if name not in self.peak_flops:
+            known = ", ".join(self.peak_flops)
+            raise UserError(f"hardware `{self.name}` gives no peak_flops for {name} (it has {known}): add it to the hardware file")
+        return self.peak_flops[name]
+
+
+def hardware_names() -> list[str]:
+    """Names that `load_hardware` knows: the files of `configs/hardware`, sorted."""
+    folder = resources.files("configs").joinpath("hardware")
+    return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
+
+
+def load_hardware(name_or_path: str | Path) -> Hardware:
+    """The description called `name_or_path` in `configs/hardware`, or in a JSON file of the user's.
+
+    Raises `UserError` for an unknown name (with the nearest ones), an unreadable file, and a missing, unknown or impossible field.
+    """
+    text = str(name_or_path)
+    if text in hardware_names():
+        content = resources.files("configs").joinpath("hardware", f"{text}.json").read_text(encoding="utf-8")
+        return parse_hardware(content, f"configs/hardware/{text}.json")
+    path = Path(text)
+    if path.is_file():
+        try:
+            return parse_hardware(path.read_text(encoding="utf-8"), text)
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"hardware file {text} cannot be read ({error}): give a readable JSON file") from error
+    if path.suffix == ".json" or path.name != text:
+        raise UserError(f"hardware file {text} does not exist: give an existing JSON file or one of {', '.join(hardware_names())}")
+    near = difflib.get_close_matches(text, hardware_names(), n=3, cutoff=0.3)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(hardware_names())}"
+    raise UserError(f"hardware `{text}` is neither a name in configs/hardware nor a file: {hint}")
+
+
+def parse_hardware(content: str, where: str) -> Hardware:
+    """The description in the JSON text `content`; `where` names it in errors. Raises `UserError` as `load_hardware` does."""
+    try:
+        data = json.loads(content)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} is not valid JSON (line {error.lineno}: {error.msg}): mend that line") from error
+    fields = _Fields(data, where, Hardware)
+    hardware = Hardware(
+        name=fields.text("name"),
+        memory_bytes=fields.integer("memory_bytes"),
+        allocator_margin=fields.number("allocator_margin", least=0.0, below=1.0),
+        peak_flops={dtype: peaks.number(dtype) for peaks in [fields.mapping("peak_flops")] for dtype in peaks.data},
+        memory_bandwidth=fields.number("memory_bandwidth"),
+        host_link_bandwidth=fields.number("host_link_bandwidth"),
+        launch_overhead_s=fields.number("launch_overhead_s", least=0.0),
+        links=tuple(_parse_link(link) for link in fields.objects("links", Link)),
+        rates=_parse_rates(fields.object("rates", Rates)),
+        sources=fields.texts("sources"),
+    )
+    _check_dtypes(hardware, where)
+    _check_links(hardware, where)
+    return hardware
+
+
+def to_json(hardware: Hardware) -> str:
+    """The file content that `parse_hardware` reads back as an equal `Hardware`."""
+    return json.dumps(dataclasses.asdict(hardware), indent=2) + "\n"
+
+
+def _parse_link(fields: _Fields) -> Link:
+    return Link(
+        name=fields.text("name"),
+        ranks_per_group=fields.integer("ranks_per_group"),
+        latency_s=fields.number("latency_s", least=0.0),
+        bandwidth_bytes_per_s=fields.number("bandwidth_bytes_per_s"),
+    )
+
+
+def _parse_rates(fields: _Fields) -> Rates:
+    attention = fields.mapping("attention")
+    kernels = {kernel: attention.object(kernel, AttentionRate) for kernel in attention.data}
+    return Rates(
+        matmul=_parse_matmul(fields),
+        attention={k: AttentionRate(forward=f.fraction("forward"), backward=f.fraction("backward")) for k, f in kernels.items()},
+        pointwise=fields.fraction("pointwise"),
+    )
+
+
+def _parse_matmul(fields: _Fields) -> tuple[tuple[int, float], ...]:
+    """The (dimension, fraction) points, checked so that a larger matmul is never predicted to be faster than a smaller one."""
+    points = []
+    for index, pair in enumerate(fields.items("matmul")):
+        where = f"{fields.where}: matmul[{index}]"
+        if not (isinstance(pair, list) and len(pair) == 2):
+            raise UserError(f"{where} must be [smallest dimension, fraction of peak], not {pair!r}")
+        entry = _Fields({"dimension": pair[0], "fraction": pair[1]}, where)
+        points.append((entry.integer("dimension"), entry.fraction("fraction")))
+    for (size, rate), (next_size, next_rate) in zip(points, points[1:], strict=False):
+        if not (size < next_size and rate <= next_rate and rate / size >= next_rate / next_size):
+            raise UserError(
+                f"{fields.where}: matmul points {[size, rate]} and {[next_size, next_rate]} are out of order: dimensions must rise, "
+                "and fractions must rise no faster than the dimensions"
+            )
+    return tuple(points)
+
+
+def _check_dtypes(hardware: Hardware, where: str) -> None:
+    for name in hardware.peak_flops:
+        if not isinstance(getattr(torch, name, None), torch.dtype):
+            raise UserError(f"{where}: peak_flops has `{name}`, which is no PyTorch dtype: use names such as bfloat16 or float32")
+
+
+def _check_links(hardware: Hardware, where: str) -> None:
+    for inner, outer in zip(hardware.links, hardware.links[1:], strict=False):
+        if inner.ranks_per_group >= outer.ranks_per_group:
+            raise UserError(
+                f"{where}: link `{outer.name}` ({outer.ranks_per_group} ranks) comes after `{inner.name}` ({inner.ranks_per_group} "
+                "ranks): list links from the inner to the outer, each with a larger ranks_per_group"
+            )
+
+
+class _Fields:
+    """One JSON object under validation: typed access to its fields, each failure one sentence with the place."""
+
+    def __init__(self, data: Any, where: str, schema: type | None = None) -> None:
+        """`schema` is the dataclass whose fields the object must have, no more and no fewer; None for a free mapping."""
+        self.data, self.where = data, where
+        if not isinstance(data, dict):
+            raise UserError(f"{where} must be a JSON object, not {data!r}")
+        if schema is None:
+            return
+        names = [field.name for field in dataclasses.fields(schema)]
+        for key in data:
+            if key not in names:
+                near = difflib.get_close_matches(key, names, n=1)
+                hint = f"did you mean `{near[0]}`?" if near else f"the fields are {', '.join(names)}"
+                raise UserError(f"{where} has an unknown field `{key}`: {hint}")
+        missing = [name for name in names if name not in data]
+        if missing:
+            raise UserError(f"{where} lacks the field{'s' * (len(missing) > 1)} {', '.join(missing)}: add what is missing")
+
+    def text(self, key: str) -> str:
+        value = self.data[key]
+        if not (isinstance(value, str) and value):
+            raise UserError(f"{self.where}: {key} must be a text, not {value!r}")
+        return value
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        values = self.items(key)
+        if not all(isinstance(value, str) and value for value in values):
+            raise UserError(f"{self.where}: {key} must be a list of texts, not {values!r}")
+        return tuple(values)
+
+    def number(self, key: str, least: float | None = None, below: float = math.inf) -> float:
+        """A finite number above 0, or from `least` on where that is given; under `below`."""
+        value = self.data[key]
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value < below
+        if not (good and (value > 0 if least is None else value >= least)):
+            low = "above 0" if least is None else f"of at least {least:g}"
+            high = f" and under {below:g}" if math.isfinite(below) else ""
+            raise UserError(f"{self.where}: {key} must be a number {low}{high}, not {value!r}")
+        return float(value)
+
+    def fraction(self, key: str) -> float:
+        value = self.number(key)
+        if value > 1:
+            raise UserError(f"{self.where}: {key} must be a fraction of the peak (above 0, at most 1), not {value!r}")
+        return value
+
+    def integer(self, key: str) -> int:
+        value = self.number(key)
+        if value != int(value):
+            raise UserError(f"{self.where}: {key} must be a whole number, not {value!r}")
+        return int(value)
+
+    def items(self, key: str) -> list[Any]:
+        values = self.data[key]
+        if not (isinstance(values, list) and values):
+            raise UserError(f"{self.where}: {key} must be a list with at least one entry, not {values!r}")
+        return values
+
+    def objects(self, key: str, schema: type) -> list[_Fields]:
+        return [_Fields(value, f"{self.where}: {key}[{index}]", schema) for index, value in enumerate(self.items(key))]
+
+    def object(self, key: str, schema: type) -> _Fields:
+        return _Fields(self.data[key], f"{self.where}: {key}", schema)
+
+    def mapping(self, key: str) -> _Fields:
+        """An object with free keys, at least one."""
+        fields = _Fields(self.data[key], f"{self.where}: {key}")
+        if not fields.data:
+            raise UserError(f"{fields.where} must have at least one entry")
+        return fields
