@@ -63,11 +63,8 @@ def collective_seconds(hardware: Hardware, kind: CollectiveKind, nbytes: float, 
         if ranks == inner:
             continue
         latency += link.latency_s * (-(-ranks // inner) - 1).bit_length()
-        if kind == "all_to_all":
-            crossing = nbytes * (ranks - inner) / axis.size
-        else:
-            crossing = nbytes * (axis.size - inner) / axis.size / inner
-        transfer = max(transfer, crossing / link.bandwidth_bytes_per_s)
+        crossing = (ranks - inner) if kind == "all_to_all" else (axis.size - inner) / inner
+        transfer = max(transfer, nbytes * crossing / axis.size / link.bandwidth_bytes_per_s)
         inner = ranks
     return (2 if kind == "all_reduce" else 1) * (latency + transfer)
 

@@ -17,6 +17,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +109,7 @@ class Hardware:
 
 def hardware_names() -> list[str]:
     """Names that `load_hardware` knows: the files of `configs/hardware`, sorted."""
-    folder = resources.files("configs").joinpath("hardware")
-    return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
+    return sorted(entry.name.removesuffix(".json") for entry in _folder().iterdir() if entry.name.endswith(".json"))
 
 
 def load_hardware(name_or_path: str | Path) -> Hardware:
@@ -119,7 +119,7 @@ def load_hardware(name_or_path: str | Path) -> Hardware:
     """
     text = str(name_or_path)
     if text in hardware_names():
-        content = resources.files("configs").joinpath("hardware", f"{text}.json").read_text(encoding="utf-8")
+        content = _folder().joinpath(f"{text}.json").read_text(encoding="utf-8")
         return parse_hardware(content, f"configs/hardware/{text}.json")
     path = Path(text)
     if path.is_file():
@@ -161,6 +161,10 @@ def parse_hardware(content: str, where: str) -> Hardware:
 def to_json(hardware: Hardware) -> str:
     """The file content that `parse_hardware` reads back as an equal `Hardware`."""
     return json.dumps(dataclasses.asdict(hardware), indent=2) + "\n"
+
+
+def _folder() -> Traversable:
+    return resources.files("configs").joinpath("hardware")
 
 
 def _parse_link(fields: _Fields) -> Link:
