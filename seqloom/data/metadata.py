@@ -1,0 +1,68 @@
+"""What a packed data set says of itself: the file `seqloom.json` in its folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from seqloom.errors import UserError
+
+FILE = "seqloom.json"
+TOKENIZER_FOLDER = "tokenizer"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """`rows` rows of `sequence_length` tokens that hold `tokens` tokens (padding not counted) of `documents` documents.
+
+    `tokenizer` and `corpus` are what the user named them, the digests (SHA-256) what they held; every id is below `vocab_size`.
+    """
+
+    sequence_length: int
+    vocab_size: int
+    tokenizer: str
+    tokenizer_digest: str
+    corpus: str
+    corpus_digest: str
+    rows: int
+    tokens: int
+    documents: int
+    version: int = FORMAT_VERSION
+
+    def difference(self, other: Metadata) -> str | None:
+        """The first setting in which another data set was made differently, in words, or None."""
+        for name in ("version", "sequence_length", "tokenizer", "tokenizer_digest", "corpus_digest"):
+            mine, its = getattr(self, name), getattr(other, name)
+            if mine != its:
+                return f"{name} is {_short(mine)} there, not {_short(its)}"
+        return None
+
+
+def write_metadata(folder: Path, metadata: Metadata) -> None:
+    """Write `seqloom.json` into a folder."""
+    (folder / FILE).write_text(json.dumps(dataclasses.asdict(metadata), indent=2) + "\n", encoding="utf-8")
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """Read `seqloom.json` of a data set. Raises UserError if the folder was not made by bookcorpus.py or the file is damaged."""
+    if not folder.exists():
+        raise UserError(f"there is no data set {folder}: make it with `python bookcorpus.py --save_path {folder} ...`")
+    path = folder / FILE
+    if not path.is_file():
+        raise UserError(f"{folder} is no packed data set (it has no {FILE}): make one with `python bookcorpus.py --save_path ...`")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        known = {field.name for field in dataclasses.fields(Metadata)}
+        metadata = Metadata(**{key: value for key, value in fields.items() if key in known})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}): make the data set again with bookcorpus.py --overwrite") from error
+    if metadata.version != FORMAT_VERSION:
+        raise UserError(f"{folder} has format {metadata.version}, this version reads {FORMAT_VERSION}: make it again with bookcorpus.py")
+    return metadata
+
+
+def _short(value: object) -> str:
+    return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else str(value)

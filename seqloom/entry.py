@@ -1,0 +1,39 @@
+"""How every entry point starts and ends: flags go in through `sys.argv`, an exit code comes out.
+
+`tyro` already reads `--save-path` and `--save_path` alike. This helper adds the other half of the command-line contract: a user's
+mistake is one sentence on stderr and a non-zero exit code; the traceback is shown with `--debug` only.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from seqloom.errors import EXIT_USER_ERROR, UserError
+
+EXIT_INTERRUPTED = 130
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Call `main` and leave the process with its exit code (None is 0).
+
+    `--debug` may stand anywhere among the flags; it is taken out of `sys.argv` before `main` reads them. With it every error keeps its
+    traceback. Without it a `UserError` ends in `error: <sentence>` and exit code 2, Ctrl-C in exit code 130. Errors that are no
+    mistake of the user's are never hidden.
+    """
+    debug = "--debug" in sys.argv[1:]
+    if debug:
+        sys.argv.remove("--debug")
+    try:
+        code = main()
+    except UserError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("error: interrupted before the end", file=sys.stderr, flush=True)
+        sys.exit(EXIT_INTERRUPTED)
+    sys.exit(code or 0)
