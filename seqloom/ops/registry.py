@@ -185,23 +185,19 @@ def decode_call(args: Sequence[Any]) -> tuple[str, tuple[Any, ...], dict[str, An
 
 def _call(entry: RegisteredOp, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if entry.name.startswith("__main__:"):
-        raise UserError(
-            f"operator '{entry.name}' is defined in the script being run: move it to a module, so that emitted code can import it"
-        )
+        raise UserError(f"operator '{entry.name}' is defined in the script being run: move it to a module that emitted code can import")
     bound = entry.signature.bind(*args, **kwargs).arguments
     annotated = list(entry.signature.parameters)[: len(entry.annotation.inputs)]
     tensors = {name: value for name, value in bound.items() if isinstance(value, Tensor)}
     constants = {name: value for name, value in bound.items() if name not in tensors}
     for name in tensors:
         if name not in annotated:
-            raise UserError(
-                f"operator '{entry.name}' got a tensor as '{name}', which its annotation does not describe: add an entry for it"
-            )
+            raise UserError(f"operator '{entry.name}' got a tensor as '{name}', which its annotation does not describe: add it there")
     for name, value in constants.items():
         if not _is_constant(value):
             kind = type(value).__name__
             raise UserError(
-                f"operator '{entry.name}' got a {kind} as '{name}': capture keeps tensors, numbers, strings, None and tuples of them"
+                f"operator '{entry.name}' got a {kind} as '{name}': only tensors, numbers, strings, None and tuples of them can be kept"
             )
     arguments = json.dumps({"tensors": list(tensors), "constants": constants})
     outputs = torch.ops.seqloom.call(list(tensors.values()), entry.name, arguments)
@@ -244,9 +240,7 @@ def _check_entry(entry: RegisteredOp) -> None:
             raise UserError(f"operator '{entry.name}' takes '{parameter}': write its parameters out, one by one, to register it")
     if len(entry.annotation.inputs) > len(parameters):
         count = len(entry.annotation.inputs)
-        raise UserError(
-            f"operator '{entry.name}' has {len(parameters)} parameters but its annotation {count} inputs: remove the extra ones"
-        )
+        raise UserError(f"operator '{entry.name}' has {len(parameters)} parameters but its annotation {count} inputs: remove some")
     for name in entry.saved or ():
         if name != "output" and name not in parameters:
             raise UserError(f"operator '{entry.name}': saved= names '{name}', which is neither a parameter nor 'output'")

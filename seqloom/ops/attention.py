@@ -1,0 +1,158 @@
+"""Attention: the one operator that capture puts in place of the model's own.
+
+Tensors are `[b, heads, l, e]`: batch, heads, positions, head size. Queries have `k * g` heads for `k` key/value heads (grouped-query
+attention), so a split of the heads gives each piece whole groups. Positions are frozen: a plan that splits the sequence moves to a split
+of the heads around this operator.
+
+Plain causal or full attention is PyTorch's fused `scaled_dot_product_attention`, with memory linear in the number of positions. A sliding
+window or a soft cap, which that function lacks, takes the explicit path below: queries in chunks, each against the keys it can see,
+recomputed in the backward pass from the log-sum-exp (Dao et al., FlashAttention, arXiv:2205.14135), so that no l x l matrix exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from seqloom.errors import UserError
+from seqloom.ops.registry import register_op
+
+_CHUNK = 512
+
+
+def _flops(sizes: Mapping[str, Any]) -> int:
+    """Two products of 2 * l * m * e per query head; a causal mask halves the pairs, a window bounds them."""
+    heads, keys = sizes["b"] * sizes["k"] * sizes["g"], sizes["m"]
+    if sizes["window"] is not None and sizes["window"] < keys:
+        pairs = sizes["l"] * sizes["window"]
+    else:
+        pairs = sizes["l"] * keys // (2 if sizes["causal"] else 1)
+    return 4 * heads * pairs * sizes["e"]
+
+
+@register_op("b (k g) l^ e^, b k m^ e^, b k m^ e^ -> b (k g) l^ e^", flops=_flops, saved=("query", "key", "value", "output"))
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """softmax(mask(cap(scale * query @ key^T))) @ value, per head.
+
+    query `[b, k * g, l, e]`, key and value `[b, k, m, e]` -> `[b, k * g, l, e]`; query head i reads key/value head i // g. Position i
+    sees position j when j <= i (`causal`) and j > i - `window`; `softcap` c replaces a score s by c * tanh(s / c). Raises `UserError`
+    for a causal mask over l != m positions, a window without a causal mask, and heads that do not group.
+    """
+    _check(query, key, causal, window)
+    if softcap is None and (window is None or window >= key.shape[2]):
+        return _fused(query, key, value, scale, causal)
+    return _ChunkedAttention.apply(query, key, value, scale, causal, window, softcap)
+
+
+def _check(query: Tensor, key: Tensor, causal: bool, window: int | None) -> None:
+    if query.shape[1] % key.shape[1]:
+        raise UserError(f"attention: {query.shape[1]} query heads cannot share {key.shape[1]} key/value heads evenly: use a multiple")
+    if causal and query.shape[2] != key.shape[2]:
+        raise UserError(f"attention: {query.shape[2]} queries and {key.shape[2]} keys cannot have a causal mask: pass causal=False")
+    if window is not None and not causal:
+        raise UserError(f"attention: a sliding window ({window}) needs a causal mask: pass causal=True")
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> Tensor:
+    grouped = query.shape[1] != key.shape[1]
+    if grouped and query.device.type == "cuda" and query.dtype not in (torch.float16, torch.bfloat16):
+        # The fused kernels for these dtypes know no groups, and the fallback would hold an l x l matrix.
+        key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
+        grouped = False
+    return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale, enable_gqa=grouped)
+
+
+class _ChunkedAttention(torch.autograd.Function):
+    """Attention with a window or a soft cap, a chunk of queries at a time, in fp32 for half-precision inputs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, window: int | None, softcap: float | None
+    ) -> Tensor:
+        ctx.options = (scale, causal, window, softcap)
+        grouped = _group(query, key)
+        output, lse = torch.empty_like(grouped), grouped.new_empty(grouped.shape[:-1], dtype=_accumulate(query.dtype))
+        for rows, columns in _tiles(query.shape[2], key.shape[2], causal, window):
+            scores, _ = _scores(grouped, key, rows, columns, ctx.options)
+            lse[..., rows] = scores.logsumexp(-1)
+            weights = (scores - lse[..., rows, None]).exp()
+            output[..., rows, :] = _times(weights, value[:, :, columns].to(weights.dtype)).to(output.dtype)
+        output = output.view(query.shape)
+        ctx.save_for_backward(query, key, value, output, lse)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, output, lse = ctx.saved_tensors
+        scale, causal, window, softcap = ctx.options
+        q, out, grad = (_group(x, key) for x in (query, output, grad))
+        d_query = torch.empty_like(q)
+        d_key, d_value = (torch.zeros_like(x, dtype=lse.dtype) for x in (key, value))
+        for rows, columns in _tiles(query.shape[2], key.shape[2], causal, window):
+            scores, slope = _scores(q, key, rows, columns, ctx.options)
+            weights = (scores - lse[..., rows, None]).exp()
+            d_out = grad[..., rows, :].to(lse.dtype)
+            delta = (d_out * out[..., rows, :]).sum(-1, keepdim=True)
+            d_weights = _times(d_out, value[:, :, columns].to(lse.dtype).transpose(-1, -2))
+            d_scores = weights * (d_weights - delta) * slope * scale
+            d_query[..., rows, :] = _times(d_scores, key[:, :, columns].to(lse.dtype)).to(d_query.dtype)
+            d_key[:, :, columns] += _times_transposed(d_scores, q[..., rows, :])
+            d_value[:, :, columns] += _times_transposed(weights, d_out)
+        return d_query.view(query.shape), d_key.to(key.dtype), d_value.to(value.dtype), None, None, None, None
+
+
+def _accumulate(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def _group(x: Tensor, key: Tensor) -> Tensor:
+    """`[b, k * g, l, e] -> [b, k, g, l, e]`."""
+    return x.unflatten(1, (key.shape[1], -1)).contiguous()
+
+
+def _tiles(length: int, keys: int, causal: bool, window: int | None) -> Iterator[tuple[slice, slice]]:
+    """Chunks of queries, each with the range of keys that some query of the chunk can see."""
+    for start in range(0, length, _CHUNK):
+        stop = min(start + _CHUNK, length)
+        first = 0 if window is None else max(0, start - window + 1)
+        yield slice(start, stop), slice(first, stop if causal else keys)
+
+
+def _scores(
+    query: Tensor, key: Tensor, rows: slice, columns: slice, options: tuple[float, bool, int | None, float | None]
+) -> tuple[Tensor, Tensor | float]:
+    """Masked, capped scores `[b, k, g, rows, columns]` and the derivative of the cap."""
+    scale, causal, window, softcap = options
+    dtype, slope = _accumulate(query.dtype), 1.0
+    scores = _times(query[..., rows, :].to(dtype), key[:, :, columns].to(dtype).transpose(-1, -2)) * scale
+    if softcap is not None:
+        capped = torch.tanh(scores / softcap)
+        scores, slope = capped * softcap, 1 - capped * capped
+    if causal:
+        i = torch.arange(rows.start, rows.stop, device=query.device)[:, None]
+        j = torch.arange(columns.start, columns.stop, device=query.device)[None]
+        hidden = j > i if window is None else (j > i) | (j <= i - window)
+        scores = scores.masked_fill(hidden, float("-inf"))
+    return scores, slope
+
+
+def _times(left: Tensor, right: Tensor) -> Tensor:
+    """`[b, k, g, r, x] @ [b, k, x, y] -> [b, k, g, r, y]`: the groups are rows of one product per key/value head."""
+    return (left.flatten(2, 3) @ right).unflatten(2, left.shape[2:4])
+
+
+def _times_transposed(left: Tensor, right: Tensor) -> Tensor:
+    """`[b, k, g, r, x], [b, k, g, r, y] -> [b, k, x, y]`, summed over groups and rows."""
+    return left.flatten(2, 3).transpose(-1, -2) @ right.to(left.dtype).flatten(2, 3)
