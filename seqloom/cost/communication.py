@@ -21,12 +21,10 @@ all m use their own network ports: gathers and reductions bring (n-m)/n M into t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
-from seqloom.cost.hardware import Hardware, Link
+from seqloom.cost.hardware import CollectiveKind, Hardware, Link
 from seqloom.errors import UserError
-
-CollectiveKind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
 
 
 @dataclass(frozen=True)
@@ -59,12 +57,13 @@ def collective_seconds(hardware: Hardware, kind: CollectiveKind, nbytes: float, 
     if axis.size == 1 or nbytes <= 0:
         return 0.0
     latency, transfer, inner = 0.0, 0.0, 1
+    achieved = hardware.rates.collectives[kind]
     for link, ranks in ranks_per_level(hardware, axis):
         if ranks == inner:
             continue
         latency += link.latency_s * (-(-ranks // inner) - 1).bit_length()
         crossing = (ranks - inner) if kind == "all_to_all" else (axis.size - inner) / inner
-        transfer = max(transfer, nbytes * crossing / axis.size / link.bandwidth_bytes_per_s)
+        transfer = max(transfer, nbytes * crossing / axis.size / (link.bandwidth_bytes_per_s * achieved))
         inner = ranks
     return (2 if kind == "all_reduce" else 1) * (latency + transfer)
 

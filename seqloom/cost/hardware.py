@@ -14,18 +14,18 @@ import dataclasses
 import difflib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
 from seqloom.errors import UserError
 
 GIB = 2**30
+FOLDER = Path(__file__).resolve().parents[2] / "configs" / "hardware"  # beside the package, in a checkout and installed alike
+CollectiveKind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,13 @@ class Rates:
     `matmul`: (smallest of m, n, k; fraction of the dtype's peak), dimensions rising; between two points the fraction is linear.
     `attention`: kernel name -> rates; the first kernel is the one that every PyTorch has on this machine.
     `pointwise`: fraction of the memory bandwidth that elementwise kernels and copies reach.
+    `collectives`: kind -> fraction of a link's bandwidth that this kind reaches (gloo gathers at a third of the rate of its all-to-all).
     """
 
     matmul: tuple[tuple[int, float], ...]
     attention: Mapping[str, AttentionRate]
     pointwise: float
+    collectives: Mapping[CollectiveKind, float]
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class Hardware:
 
 def hardware_names() -> list[str]:
     """Names that `load_hardware` knows: the files of `configs/hardware`, sorted."""
-    return sorted(entry.name.removesuffix(".json") for entry in _folder().iterdir() if entry.name.endswith(".json"))
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
 def load_hardware(name_or_path: str | Path) -> Hardware:
@@ -119,7 +121,7 @@ def load_hardware(name_or_path: str | Path) -> Hardware:
     """
     text = str(name_or_path)
     if text in hardware_names():
-        content = _folder().joinpath(f"{text}.json").read_text(encoding="utf-8")
+        content = (FOLDER / f"{text}.json").read_text(encoding="utf-8")
         return parse_hardware(content, f"configs/hardware/{text}.json")
     path = Path(text)
     if path.is_file():
@@ -140,12 +142,12 @@ def parse_hardware(content: str, where: str) -> Hardware:
         data = json.loads(content)
     except json.JSONDecodeError as error:
         raise UserError(f"{where} is not valid JSON (line {error.lineno}: {error.msg}): mend that line") from error
-    fields = _Fields(data, where, Hardware)
+    fields = _Fields(data, where, _names(Hardware))
     hardware = Hardware(
         name=fields.text("name"),
         memory_bytes=fields.integer("memory_bytes"),
         allocator_margin=fields.number("allocator_margin", least=0.0, below=1.0),
-        peak_flops={dtype: peaks.number(dtype) for peaks in [fields.mapping("peak_flops")] for dtype in peaks.data},
+        peak_flops=fields.mapping("peak_flops").numbers(),
         memory_bandwidth=fields.number("memory_bandwidth"),
         host_link_bandwidth=fields.number("host_link_bandwidth"),
         launch_overhead_s=fields.number("launch_overhead_s", least=0.0),
@@ -163,10 +165,6 @@ def to_json(hardware: Hardware) -> str:
     return json.dumps(dataclasses.asdict(hardware), indent=2) + "\n"
 
 
-def _folder() -> Traversable:
-    return resources.files("configs").joinpath("hardware")
-
-
 def _parse_link(fields: _Fields) -> Link:
     return Link(
         name=fields.text("name"),
@@ -179,10 +177,13 @@ def _parse_link(fields: _Fields) -> Link:
 def _parse_rates(fields: _Fields) -> Rates:
     attention = fields.mapping("attention")
     kernels = {kernel: attention.object(kernel, AttentionRate) for kernel in attention.data}
+    kinds = get_args(CollectiveKind)
+    collectives = _Fields(fields.data["collectives"], f"{fields.where}: collectives", kinds)
     return Rates(
         matmul=_parse_matmul(fields),
         attention={k: AttentionRate(forward=f.fraction("forward"), backward=f.fraction("backward")) for k, f in kernels.items()},
         pointwise=fields.fraction("pointwise"),
+        collectives={kind: collectives.fraction(kind) for kind in kinds},
     )
 
 
@@ -219,17 +220,20 @@ def _check_links(hardware: Hardware, where: str) -> None:
             )
 
 
+def _names(schema: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(schema)]
+
+
 class _Fields:
     """One JSON object under validation: typed access to its fields, each failure one sentence with the place."""
 
-    def __init__(self, data: Any, where: str, schema: type | None = None) -> None:
-        """`schema` is the dataclass whose fields the object must have, no more and no fewer; None for a free mapping."""
+    def __init__(self, data: Any, where: str, names: Collection[str] | None = None) -> None:
+        """`names` are the fields that the object must have, no more and no fewer; None for a free mapping."""
         self.data, self.where = data, where
         if not isinstance(data, dict):
             raise UserError(f"{where} must be a JSON object, not {data!r}")
-        if schema is None:
+        if names is None:
             return
-        names = [field.name for field in dataclasses.fields(schema)]
         for key in data:
             if key not in names:
                 near = difflib.get_close_matches(key, names, n=1)
@@ -261,6 +265,9 @@ class _Fields:
             raise UserError(f"{self.where}: {key} must be a number {low}{high}, not {value!r}")
         return float(value)
 
+    def numbers(self) -> dict[str, float]:
+        return {key: self.number(key) for key in self.data}
+
     def fraction(self, key: str) -> float:
         value = self.number(key)
         if value > 1:
@@ -280,10 +287,10 @@ class _Fields:
         return values
 
     def objects(self, key: str, schema: type) -> list[_Fields]:
-        return [_Fields(value, f"{self.where}: {key}[{index}]", schema) for index, value in enumerate(self.items(key))]
+        return [_Fields(value, f"{self.where}: {key}[{index}]", _names(schema)) for index, value in enumerate(self.items(key))]
 
     def object(self, key: str, schema: type) -> _Fields:
-        return _Fields(self.data[key], f"{self.where}: {key}", schema)
+        return _Fields(self.data[key], f"{self.where}: {key}", _names(schema))
 
     def mapping(self, key: str) -> _Fields:
         """An object with free keys, at least one."""
