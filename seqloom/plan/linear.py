@@ -1,0 +1,78 @@
+"""A small builder of mixed-integer linear programs for HiGHS (through `scipy.optimize.milp`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_matrix
+
+Term = tuple[int, float]
+OPTIMAL = 0
+TIME_LIMIT = 1
+INFEASIBLE = 2
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Values of all variables. `bound` is a proven lower bound of the objective; `gap` the relative distance to it."""
+
+    values: np.ndarray
+    objective: float
+    bound: float
+    gap: float
+    status: str
+
+
+class LinearProgram:
+    """Minimize a sum of costs over variables between 0 and `upper`, under linear constraints."""
+
+    def __init__(self) -> None:
+        self.costs: list[float] = []
+        self.upper: list[float] = []
+        self.integer: list[int] = []
+        self._rows: list[int] = []
+        self._columns: list[int] = []
+        self._entries: list[float] = []
+        self._low: list[float] = []
+        self._high: list[float] = []
+
+    def variable(self, cost: float = 0.0, *, binary: bool = False, upper: float = np.inf) -> int:
+        """A new variable; a binary one is 0 or 1."""
+        self.costs.append(cost)
+        self.upper.append(1.0 if binary else upper)
+        self.integer.append(int(binary))
+        return len(self.costs) - 1
+
+    def constrain(self, terms: Iterable[Term], low: float = -np.inf, high: float = np.inf) -> None:
+        """low <= sum of coefficient * variable <= high; a variable may occur more than once."""
+        row = len(self._low)
+        for column, entry in terms:
+            self._rows.append(row)
+            self._columns.append(column)
+            self._entries.append(entry)
+        self._low.append(low)
+        self._high.append(high)
+
+    def solve(self, *, relaxed: bool, time_limit: float, gap: float = 1e-4) -> Solution | None:
+        """The optimum (of the LP relaxation when `relaxed`), or None when nothing fits the constraints."""
+        matrix = csr_matrix((self._entries, (self._rows, self._columns)), shape=(len(self._low), len(self.costs)))
+        result = milp(
+            np.array(self.costs),
+            integrality=np.zeros(len(self.costs)) if relaxed else np.array(self.integer),
+            bounds=Bounds(0.0, np.array(self.upper)),
+            constraints=LinearConstraint(matrix, np.array(self._low), np.array(self._high)),
+            options={"time_limit": time_limit, "mip_rel_gap": gap},
+        )
+        if result.x is None:
+            return None
+        bound = result.mip_dual_bound if getattr(result, "mip_dual_bound", None) is not None else result.fun
+        relative = abs(result.fun - bound) / max(abs(result.fun), 1e-12)
+        return Solution(result.x, float(result.fun), float(bound), float(relative), "optimal" if result.status == OPTIMAL else "time limit")
+
+    def integral(self, solution: Solution) -> bool:
+        """Whether every binary variable of a (relaxed) solution is 0 or 1."""
+        binaries = solution.values[np.array(self.integer, dtype=bool)]
+        return bool(np.all(np.minimum(np.abs(binaries), np.abs(binaries - 1.0)) < 1e-6))

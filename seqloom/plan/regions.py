@@ -1,0 +1,82 @@
+"""The graph as the solver sees it: regions that are planned once, and the values that pass between them.
+
+A region is the outer graph or one distinct block, with the number of times it runs. A value that crosses a block's border lies in a
+`slot`: the inputs and outputs of all calls that are wired together (the residual stream of 32 layers is one slot) share one layout, so
+the plan of a block holds for each of its calls and nothing is resharded between two blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from seqloom.graph import Graph, Node
+from seqloom.plan.clusters import Cluster, clusters
+from seqloom.plan.labels import Labels, label_graph
+from seqloom.plan.segments import Segment, segments
+
+OUTER = ""
+
+
+@dataclass(frozen=True)
+class Region:
+    """One graph to be planned once: its clusters in execution order, its segments (none for the outer graph), its number of calls."""
+
+    key: str
+    graph: Graph
+    count: int
+    parts: tuple[Cluster, ...]
+    segments: tuple[Segment, ...]
+    labels: Labels
+
+    def segment_of(self, part: int) -> int | None:
+        """Index of the segment that holds a cluster."""
+        return next((i for i, s in enumerate(self.segments) if s.start <= part < s.stop), None)
+
+
+@dataclass(frozen=True)
+class Regions:
+    """All regions and slots. `slot_of[(region key, value)]` is the slot in which a border value lies."""
+
+    graph: Graph
+    parts: Mapping[str, Region]
+    slot_of: Mapping[tuple[str, str], str]
+
+    @property
+    def outer(self) -> Region:
+        """The graph around the blocks."""
+        return self.parts[OUTER]
+
+
+def build_regions(graph: Graph) -> Regions:
+    """Regions and slots of a captured graph."""
+    labels = label_graph(graph)
+    calls = [node for node in graph.nodes if node.is_block]
+    counts: dict[str, int] = {}
+    for call in calls:
+        counts[call.block] = counts.get(call.block, 0) + 1
+    parts = {OUTER: Region(OUTER, graph, 1, clusters(graph), (), labels[OUTER])}
+    for name, count in counts.items():
+        block = graph.blocks[name]
+        inside = clusters(block)
+        parts[name] = Region(name, block, count, inside, segments(block, inside), labels[name])
+    return Regions(graph, parts, _slots(graph, calls))
+
+
+def _slots(graph: Graph, calls: list[Node]) -> dict[tuple[str, str], str]:
+    parent: dict[tuple[str, str], tuple[str, str]] = {}
+
+    def find(item: tuple[str, str]) -> tuple[str, str]:
+        while parent.setdefault(item, item) != item:
+            item = parent[item]
+        return item
+
+    made = {name for call in calls for name in call.outputs}
+    for call in calls:
+        block = graph.blocks[call.block]
+        pairs = [*zip(call.inputs, block.inputs, strict=True), *zip(call.outputs, block.outputs, strict=True)]
+        for outer, inner in pairs:
+            find((call.block, inner))
+            if outer in made:
+                parent[find((OUTER, outer))] = find((call.block, inner))
+    return {item: "/".join(find(item)) for item in list(parent)}
