@@ -1,0 +1,5 @@
+"""Capture: from a model's config to its graph."""
+
+from seqloom.capture.pipeline import Captured, capture
+
+__all__ = ["Captured", "capture"]
