@@ -65,9 +65,9 @@ class PackedDataset:
             for name in COLUMNS:
                 ids = batch[name].combine_chunks().flatten().to_numpy()
                 if ids.max() >= vocab_size:
-                    row, column = divmod(int(np.argmax(ids >= vocab_size)), self.seq_len)
+                    where = int(np.argmax(ids >= vocab_size))
                     raise UserError(
-                        f"row {start + row} of {self.path} holds the token id {ids[row * self.seq_len + column]} in {name}, but the model's "
+                        f"row {start + where // self.seq_len} of {self.path} holds the token id {ids[where]} in {name}, but the model's "
                         f"vocabulary has {vocab_size} tokens: tokenize the text again with the model's tokenizer"
                     )
             start += len(batch)
@@ -159,7 +159,7 @@ class Loader:
         return batches
 
     def state_dict(self) -> dict[str, int]:
-        """The place in the data as plain numbers: `epoch`, `position` (samples of it already used), and the `seed` and `rows` they hold for."""
+        """The place in the data: `epoch`, `position` (samples of it already used), and the `seed` and `rows` for which they hold."""
         return {"epoch": self.place.epoch, "position": self.place.position, "seed": self.seed, "rows": self.dataset.rows}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
