@@ -1,0 +1,136 @@
+"""Find a checkpoint and load it under any plan: each rank reads only the slices that it holds.
+
+Role in the pipeline: the trainer calls `find_checkpoint` and then `load_checkpoint` on all ranks. How the checkpoint was split when it
+was written does not matter: wanted slices of the global tensors are met with the stored pieces. Nothing in a file is executed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from seqloom.checkpoint import folders, group
+from seqloom.checkpoint.manifest import Manifest
+from seqloom.checkpoint.reader import MergedReader, StepReader, TensorReader
+from seqloom.checkpoint.verify import damage
+from seqloom.errors import UserError
+
+_log = logging.getLogger(__name__)
+_SHOWN = 3
+
+
+def find_checkpoint(path_or_last: str, run_folder: Path, *, verify: bool = True) -> Path | None:
+    """The step folder or merged file to load. Collective: call it on all ranks; all get the same answer.
+
+    `last` means the newest good checkpoint of `run_folder`, or None where the run has none yet. Otherwise a step folder, a run folder
+    (its newest good step) or a merged file. Damaged checkpoints that are passed over are named in a warning; digests are part of the
+    judgement unless `verify` is False, so what `last` finds need not be verified again by `load_checkpoint`. Raises `UserError` when
+    the path is none of these, and when there are checkpoints but none is good: a run never starts from scratch without a word.
+    """
+    if path_or_last == "last":
+        return newest_good(run_folder, verify=verify)
+    path = Path(path_or_last)
+    if folders.is_step_folder(path) or path.is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(f"there is no checkpoint at {path}: give `last`, a step folder, a run folder or a merged file")
+    found = newest_good(path, verify=verify)
+    if found is None:
+        raise UserError(f"{path} holds no step folder: give `last`, a step folder, a run folder or a merged file")
+    return found
+
+
+def newest_good(run_folder: Path, *, verify: bool = True) -> Path | None:
+    """The newest undamaged step folder of a run, None where there is no step folder. Collective; see `find_checkpoint`."""
+    steps = group.gather_json(folders.steps(run_folder))[0]
+    problem = ""
+    for step in reversed(steps):
+        folder = folders.step_folder(run_folder, step)
+        found = damage(folder, digests=verify)
+        if found is None:
+            if problem and group.rank() == 0:
+                _log.warning("using the previous good checkpoint %s", folder)
+            return folder
+        problem = f"{folder} is damaged: {found}"
+        if group.rank() == 0:
+            _log.warning("%s", problem)
+    if problem:
+        raise UserError(f"no checkpoint of {run_folder} is good ({problem}): restore one, or move them away to start from scratch")
+    return None
+
+
+def load_checkpoint(path: Path, tensors: Mapping[str, torch.Tensor], *, verify: bool = True, strict: bool = True) -> dict[str, Any]:
+    """Fill `tensors` in place from a step folder or a merged file; returns the training state. Collective over the default group.
+
+    `tensors` is named as in `save_checkpoint`; each may be plain or a DTensor of any placement, on any device. With `strict` the
+    names must be the checkpoint's, those of all ranks together; without it the common ones are filled. Raises `UserError` on all
+    ranks when a file is damaged or missing (sizes and digests are checked unless `verify` is False), or when a name, shape or dtype
+    differs; nothing has been filled then.
+    """
+    doing = f"loading {path}"
+    problem = damage(path, digests=verify)
+    if problem is not None:
+        raise UserError(f"{path} is damaged ({problem}): resume from another checkpoint, or put a good copy in its place")
+    reader, state = open_checkpoint(path)
+    try:
+        unwanted = group.attempt(doing, lambda: _match(path, reader, tensors, state, strict))
+        unexpected = set.intersection(*map(set, unwanted))
+        if strict and unexpected:
+            raise UserError(
+                f"{path} holds tensors that the program does not have: {_some(sorted(unexpected))}; load it with the same model"
+            )
+        group.attempt(doing, lambda: _fill(reader, tensors, state))
+    finally:
+        reader.close()
+    return state
+
+
+def open_checkpoint(path: Path) -> tuple[TensorReader, dict[str, Any]]:
+    """A reader of a step folder or merged file, and the training state. Digests are not checked."""
+    if path.is_dir():
+        manifest = Manifest.read(path)
+        return StepReader(path, manifest), dict(manifest.state)
+    reader = MergedReader(path)
+    return reader, reader.header["state"]
+
+
+def _stored_name(name: str, reader: TensorReader, state: Mapping[str, Any]) -> str:
+    """The name that `name` is stored under: its own, or for an alias of a tied weight that of the weight."""
+    target = (state.get("tied") or {}).get(name.removeprefix("model."))
+    return f"model.{target}" if name not in reader and name.startswith("model.") and target else name
+
+
+def _match(path: Path, reader: TensorReader, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any], strict: bool) -> list[str]:
+    """Compare names, shapes and dtypes; returns the stored names that this rank does not want."""
+    stored = {name: _stored_name(name, reader, state) for name in tensors}
+    missing = [name for name, source in stored.items() if source not in reader]
+    if missing and strict:
+        raise UserError(
+            f"{path} does not hold {_some(missing)}, which the program needs: load a checkpoint of the same model and optimizer"
+        )
+    differing = []
+    for name, source in stored.items():
+        if source in reader:
+            shape, dtype = reader[source]
+            if (tuple(tensors[name].shape), tensors[name].dtype) != (shape, dtype):
+                mine = f"{tuple(tensors[name].shape)} {tensors[name].dtype}"
+                differing.append(f"{name} (stored {shape} {dtype}, wanted {mine})")
+    if differing:
+        raise UserError(f"{path} was made by another model or precision: {_some(differing)}; use the same configuration")
+    return sorted(set(reader) - set(stored.values()))
+
+
+def _fill(reader: TensorReader, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
+    for name, tensor in tensors.items():
+        source = _stored_name(name, reader, state)
+        if source in reader:
+            reader.fill(source, tensor)
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
