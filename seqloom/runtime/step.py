@@ -1,0 +1,169 @@
+"""One training step: micro-batches in, updated weights and three numbers out.
+
+A step sees the micro-batches of one scale unit. Each rank takes its part of every input, runs the program forward and backward, and
+leaves the summing of gradients to FSDP2 and to the program's own reshards. Three things are global and are treated once:
+
+- the loss is the sum over all tokens of the step divided by the number of those that count, never a mean of means;
+- the gradient norm is that of the whole model, each element counted once wherever copies of it lie;
+- both are summed by one all-reduce, and nothing makes the host wait for the device: the results are scalars on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate
+from torch.optim import Optimizer
+
+from seqloom.errors import UserError
+from seqloom.runtime.mesh import DP
+from seqloom.runtime.program import Axes, Program
+
+IGNORED = -100  # the label of a position that does not count
+MicroBatch = Mapping[str, Tensor]  # name of an input -> the scale unit's whole tensor `[b, l]`, on the CPU
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step reports, as scalars on the device: mean loss per token, global gradient norm before clipping, tokens that count."""
+
+    loss: Tensor
+    grad_norm: Tensor
+    tokens: Tensor
+
+
+class TrainStep:
+    """The step of one rank: `result = step(micro_batches)`.
+
+    `max_grad_norm` scales the gradients down to that global norm where they exceed it; None leaves them as they are.
+    """
+
+    def __init__(
+        self, model: nn.Module, program: Program, mesh: DeviceMesh, optimizer: Optimizer, device: torch.device, max_grad_norm: float | None
+    ) -> None:
+        self.model, self.program, self.mesh = model, program, mesh
+        self.optimizer, self.device, self.max_grad_norm = optimizer, device, max_grad_norm
+
+    def __call__(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
+        """Accumulate gradients over this scale unit's micro-batches, clip, update the weights, and clear the gradients."""
+        loss, tokens = accumulate_gradients(self.model, self.program, self.mesh, micro_batches, self.device)
+        loss, grad_norm = reduce_loss_and_norm(self.model, self.program, self.mesh, loss)
+        if self.max_grad_norm is not None:
+            scale_gradients(self.model, (self.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(loss, grad_norm, tokens)
+
+
+def accumulate_gradients(
+    model: nn.Module, program: Program, mesh: DeviceMesh, micro_batches: Sequence[MicroBatch], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Run every micro-batch forward and backward; the gradients are then those of the mean loss of the whole step.
+
+    Returns this rank's part of that loss, and the number of tokens that count over all scale units. Raises `UserError` for an input
+    that the program does not know by name or shape.
+    """
+    tokens = count_tokens(micro_batches, mesh, device)
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    for index, micro_batch in enumerate(micro_batches):
+        inputs = local_inputs(program, mesh, micro_batch, device)
+        _delay_reduction(model, program, last=index == len(micro_batches) - 1)
+        part = model(**inputs) / tokens.clamp(min=1)
+        part.backward()
+        loss += part.detach()
+    return loss, tokens
+
+
+def count_tokens(micro_batches: Sequence[MicroBatch], mesh: DeviceMesh, device: torch.device) -> Tensor:
+    """Tokens of the step whose label counts, over all micro-batches and scale units, as an integer scalar on the device.
+
+    The ranks of a scale unit see the same whole labels, so only `dp` is summed over.
+    """
+    counts = [(micro_batch["labels"] != IGNORED).sum() for micro_batch in micro_batches]
+    tokens = torch.stack(counts).sum().to(device)
+    dist.all_reduce(tokens, group=mesh.get_group(DP))
+    return tokens
+
+
+def local_inputs(program: Program, mesh: DeviceMesh, micro_batch: MicroBatch, device: torch.device) -> dict[str, Tensor]:
+    """This rank's part of each input of the program. Positions count from 0 in each row unless the micro-batch brings its own."""
+    inputs = {}
+    for name, axes_by_dim in program.INPUTS.items():
+        shape = tuple(program.SHAPES[name])
+        whole = micro_batch.get(name)
+        if whole is None and name == "position_ids":
+            whole = torch.arange(shape[-1]).expand(shape)
+        if whole is None or tuple(whole.shape) != shape:
+            found = "lacks it" if whole is None else f"has {tuple(whole.shape)}"
+            raise UserError(f"the program takes {name} of shape {shape} but the data {found}; prepare the data for it or compile again")
+        for dim, axes in enumerate(axes_by_dim):
+            parts, index = _coordinate(mesh, axes)
+            whole = whole.chunk(parts, dim)[index]
+        inputs[name] = whole.contiguous().to(device, non_blocking=True)
+    return inputs
+
+
+def _coordinate(mesh: DeviceMesh, axes: Axes) -> tuple[int, int]:
+    """Into how many parts the axes split a dimension, and which of them is this rank's; the earlier axis is the outer one."""
+    parts, index = 1, 0
+    for axis in (axes,) if isinstance(axes, str) else axes or ():
+        size = mesh[axis].size()
+        parts, index = parts * size, index * size + mesh.get_local_rank(axis)
+    return parts, index
+
+
+def _delay_reduction(model: nn.Module, program: Program, last: bool) -> None:
+    """ZeRO 0 and 1 sum gradients over the ranks once a step, and keep the gathered weights until then; ZeRO 3 at every micro-batch."""
+    if program.ZERO != 3 and isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+        model.set_reshard_after_backward(last)
+
+
+def reduce_loss_and_norm(model: nn.Module, program: Program, mesh: DeviceMesh, loss: Tensor) -> tuple[Tensor, Tensor]:
+    """The step's loss and the global gradient norm, from this rank's part of the loss and its pieces of the gradients.
+
+    A value that several ranks hold is counted by the first of them only. Squares are summed in fp32 or better, over the ranks in fp64.
+    """
+    squares = torch.zeros((), dtype=torch.float64, device=loss.device)
+    mine = [_local(param.grad) for param in model.parameters() if param.grad is not None and _counts(param, program, mesh)]
+    if mine:
+        dtype = torch.promote_types(torch.float32, mine[0].dtype)
+        squares = torch.stack(torch._foreach_norm(mine, 2, dtype=dtype)).double().square().sum()
+    copies = [axis for axis in program.MESH if axis not in program.LOSS_PARTIAL]
+    counted = loss if _first(mesh, copies) else torch.zeros_like(loss)
+    sums = torch.stack([counted.double(), squares])
+    dist.all_reduce(sums)
+    return sums[0], sums[1].sqrt()
+
+
+def _counts(param: Tensor, program: Program, mesh: DeviceMesh) -> bool:
+    """Whether this rank is the first of those that hold its piece of a parameter."""
+    if not isinstance(param, DTensor):
+        return dist.get_rank() == 0
+    axes = param.device_mesh.mesh_dim_names
+    coordinate = param.device_mesh.get_coordinate()
+    copies = [index for index, placement in zip(coordinate, param.placements, strict=True) if isinstance(placement, Replicate)]
+    elsewhere = [axis for axis in program.MESH if axis not in program.SUM_GRADS and axis not in axes]
+    return not any(copies) and _first(mesh, elsewhere)
+
+
+def _first(mesh: DeviceMesh, axes: Iterable[str]) -> bool:
+    return all(mesh.get_local_rank(axis) == 0 for axis in axes)
+
+
+def scale_gradients(model: nn.Module, factor: Tensor) -> None:
+    """Multiply every gradient in place by a scalar on the device."""
+    gradients = [_local(param.grad) for param in model.parameters() if param.grad is not None]
+    torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's piece, sharing its memory."""
+    with torch.no_grad():
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor

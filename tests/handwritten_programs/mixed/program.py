@@ -1,0 +1,64 @@
+"""The model of tests/mlp_lm.py with the sequence split over `sp` and features over `tp`, recomputing each block.
+
+Norms, embedding and head do the same work on every rank of `tp`: parameters that PLACEMENTS does not list. The loss is whole on `tp`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard
+from torch.utils.checkpoint import checkpoint
+
+from seqloom.runtime.collectives import all_reduce, all_to_all, sum_grad
+from seqloom.runtime.mesh import axis_group
+from seqloom.runtime.parameters import declare, local
+
+MESH = {"sp": 2, "tp": 2}
+INPUTS = {"input_ids": (None, "sp"), "labels": (None, "sp")}
+SHAPES = {"input_ids": (2, 8), "labels": (2, 8)}
+LOSS_PARTIAL = ("sp",)
+PLACEMENTS = {
+    "layers.*.up.weight": {"tp": Shard(0)},
+    "layers.*.up.bias": {"tp": Shard(0)},
+    "layers.*.down.weight": {"tp": Shard(1)},
+}
+SUM_GRADS = ("sp",)
+ZERO = 3
+TIED = {}
+
+
+class Layer(nn.Module):
+    def __init__(self, mesh: DeviceMesh):
+        super().__init__()
+        self.sp, self.tp = axis_group(mesh, "sp"), axis_group(mesh, "tp")
+        declare(self, {"norm.weight": (6,), "up.weight": (8, 6), "up.bias": (8,), "down.weight": (6, 8)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + checkpoint(self.mlp, x, use_reentrant=False)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        h = sum_grad(F.rms_norm(x, (6,), local(self.norm.weight), 1e-6), self.tp)
+        y = F.gelu(F.linear(h, local(self.up.weight), local(self.up.bias)))  # [b, l@sp, f@tp]
+        y = all_to_all(y, 2, 1, self.sp)  # [b, l, f@(tp, sp)]
+        y = y.cumsum(1) / torch.arange(1, y.size(1) + 1, dtype=y.dtype)[:, None]
+        y = all_to_all(y, 1, 2, self.sp)
+        return all_reduce(F.linear(y, local(self.down.weight)), self.tp)
+
+
+class Model(nn.Module):
+    def __init__(self, mesh: DeviceMesh):
+        super().__init__()
+        declare(self, {"embed.weight": (11, 6), "norm.weight": (6,), "head.weight": (11, 6)})
+        self.layers = nn.ModuleList(Layer(mesh) for _ in range(2))
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        x = F.embedding(input_ids, local(self.embed.weight))
+        for layer in self.layers:
+            x = layer(x)
+        logits = F.linear(F.rms_norm(x, (6,), local(self.norm.weight), 1e-6), local(self.head.weight))
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+
+
+MODEL = Model
+BLOCKS = (Layer,)
