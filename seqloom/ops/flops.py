@@ -14,7 +14,7 @@ from seqloom.annotation import Bound
 from seqloom.graph import Ref
 from seqloom.ops.call import base_name
 from seqloom.ops.matmul import CONTRACTIONS
-from seqloom.ops.registry import resolve
+from seqloom.ops.registry import RegisteredOp, resolve
 from seqloom.ops.rules import arguments_of, is_registered_name
 
 
@@ -22,11 +22,22 @@ def flops(op: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], bound: Boun
     """Forward FLOPs of one whole call with these bound sizes (a piece of an even split takes its share)."""
     if is_registered_name(op):
         entry = resolve(op)
-        if entry.flops is None:
-            return 0
-        defaults = {name: p.default for name, p in entry.signature.parameters.items() if p.default is not p.empty}
-        constants = {name: value for name, value in arguments_of(entry, args, kwargs).items() if not isinstance(value, Ref)}
-        return entry.flops({**defaults, **constants, **bound.sizes})
+        return entry.flops(_known(entry, args, kwargs, bound.sizes)) if entry.flops else 0
     if base_name(op) in CONTRACTIONS:
         return 2 * prod(bound.sizes.values())
     return 0
+
+
+def workspace_bytes(op: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], sizes: Mapping[str, int]) -> int:
+    """Bytes of temporaries that a registered function makes at its largest, for the (local) sizes given; 0 for PyTorch's operators."""
+    if not is_registered_name(op):
+        return 0
+    entry = resolve(op)
+    return entry.workspace(_known(entry, args, kwargs, sizes)) if entry.workspace else 0
+
+
+def _known(entry: RegisteredOp, args: tuple[Any, ...], kwargs: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
+    """What a hint may ask for: sizes by name of dimension, constants by name of parameter."""
+    defaults = {name: p.default for name, p in entry.signature.parameters.items() if p.default is not p.empty}
+    constants = {name: value for name, value in arguments_of(entry, args, kwargs).items() if not isinstance(value, Ref)}
+    return {**defaults, **constants, **sizes}

@@ -38,7 +38,8 @@ class RegisteredOp:
     """One registered function and what the planner may know about it.
 
     `name` is "module:function". `dtype` of the outputs: None for that of the first floating-point input, a dtype, or a function of the
-    input dtypes. `flops` (forward) and `comm` (bytes moved inside the operator) are functions of the bound sizes by name. `saved` names
+    input dtypes. `flops` (forward), `comm` (bytes moved inside the operator) and `workspace` (bytes of temporaries at their largest) are
+    functions of the sizes by name and the constants by parameter name. `saved` names
     the parameters kept for backward, and "output" for the outputs; None counts every tensor input as kept. `context_parallel` is the
     dimension that the operator itself splits over a process group. `source_digest` is the sha256 of the defining file.
     """
@@ -50,6 +51,7 @@ class RegisteredOp:
     flops: SizeHint | None
     saved: tuple[str, ...] | None
     comm: SizeHint | None
+    workspace: SizeHint | None
     context_parallel: str | None
     source_digest: str
 
@@ -81,6 +83,7 @@ def register_op(
     flops: SizeHint | None = None,
     saved: Sequence[str] | None = None,
     comm: SizeHint | None = None,
+    workspace: SizeHint | None = None,
     context_parallel: str | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorate a function of tensors so that capture keeps it as one operator; its own behaviour does not change.
@@ -100,6 +103,7 @@ def register_op(
             flops=flops,
             saved=None if saved is None else tuple(saved),
             comm=comm,
+            workspace=workspace,
             context_parallel=context_parallel,
             source_digest=_source_digest(function),
         )

@@ -144,7 +144,7 @@ def _classes(graph: Graph, nodes: list[Node]) -> tuple[DimClass, ...]:
             touched = [(n, d) for n, d in zip(node.inputs, split.input_dims, strict=True) if d is not None]
             touched += [(n, d) for n, d in zip(node.outputs, split.output_dims, strict=True) if d is not None]
             free.update(touched)
-            for item in touched[1:]:
+            for item in touched:
                 parent[find(item)] = find(touched[0])
             reduced = tuple(n for n, d in zip(node.outputs, split.output_dims, strict=True) if d is None) if split.reduced else ()
             facts.append((touched[0], split.size, reduced, split.name))

@@ -15,10 +15,10 @@ from math import prod
 import torch
 
 from seqloom.cost.communication import AxisSpan, CollectiveKind, collective_seconds, wire_bytes
-from seqloom.cost.compute import attention_seconds, bandwidth_seconds, matmul_seconds
+from seqloom.cost.compute import ATTENTION_BACKWARD_RATIO, attention_seconds, bandwidth_seconds, matmul_seconds
 from seqloom.cost.hardware import Hardware
 from seqloom.graph import Graph, Node, Value
-from seqloom.ops.flops import flops as node_flops
+from seqloom.ops.flops import flops, workspace_bytes
 from seqloom.ops.saved import is_view, saved_for_backward
 from seqloom.plan.clusters import Cluster
 from seqloom.plan.labels import ATTENTION
@@ -32,7 +32,7 @@ MATMULS = ("aten.linear.default", "aten.matmul.default", "aten.mm.default")
 class Price:
     """Cost of one cluster under one strategy on one rank. `saved` maps (value, layout) to bytes that autograd keeps.
 
-    `working_bytes` are the gradients of its inputs and outputs, alive while its backward runs.
+    `working_bytes` are the gradients of its inputs and outputs and its temporaries, alive while its backward runs.
     """
 
     forward_s: float
@@ -127,7 +127,21 @@ def price(graph: Graph, cluster: Cluster, strategy: Strategy, machine: Machine) 
     pieces = prod(size for size, split in zip(machine.sizes, strategy.splits, strict=True) if split)
     forward, backward = _seconds(graph, cluster, shapes, nbytes, pieces, machine.hardware)
     activations = [n for n in (*cluster.inputs, *cluster.outputs) if graph.values[n].requires_grad and graph.values[n].kind != "parameter"]
-    return Price(forward, backward, _saved(graph, cluster, strategy, nbytes), sum(nbytes[name] for name in activations))
+    working = sum(nbytes[name] for name in activations) + _workspace(cluster.nodes[0], shapes)
+    return Price(forward, backward, _saved(graph, cluster, strategy, nbytes), working)
+
+
+def flops_of(node: Node) -> int:
+    """Forward FLOPs of a whole node."""
+    return flops(node.op, node.args, dict(node.kwargs), node.bound)
+
+
+def _workspace(node: Node, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Temporaries of a registered operator at its local sizes."""
+    sizes = dict(node.bound.sizes)
+    for name, dims in zip(node.inputs, node.bound.inputs, strict=True):
+        sizes.update({dim[0]: size for dim, size in zip(dims or (), shapes[name], strict=False) if len(dim) == 1})
+    return workspace_bytes(node.op, node.args, dict(node.kwargs), sizes)
 
 
 def _seconds(graph, cluster, shapes, nbytes, pieces, hardware) -> tuple[float, float]:
@@ -139,13 +153,14 @@ def _seconds(graph, cluster, shapes, nbytes, pieces, hardware) -> tuple[float, f
         forward = matmul_seconds(hardware, m, n, k, dtype)
         return forward, matmul_seconds(hardware, m, k, n, dtype) + matmul_seconds(hardware, n, k, m, dtype)
     if node.op == ATTENTION:
-        count, dtype = node_flops(node, graph.values) / pieces, graph.values[node.outputs[0]].dtype
-        return attention_seconds(hardware, count, dtype), attention_seconds(hardware, count, dtype, backward=True)
+        count, dtype = flops_of(node) / pieces, graph.values[node.outputs[0]].dtype
+        backward = attention_seconds(hardware, ATTENTION_BACKWARD_RATIO * count, dtype, backward=True)
+        return attention_seconds(hardware, count, dtype), backward
     traffic = sum(nbytes[name] for name in (*cluster.inputs, *cluster.outputs))
     if node.op == "aten.embedding.default":
         traffic = 2 * nbytes[node.outputs[0]]
     moved = bandwidth_seconds(hardware, traffic)
-    count = node_flops(node, graph.values) / pieces if cluster.heavy else 0.0
+    count = flops_of(node) / pieces if cluster.heavy else 0.0
     if count:
         dtype = graph.values[node.inputs[0]].dtype
         side = 4096
@@ -170,9 +185,11 @@ def _saved(graph: Graph, cluster: Cluster, strategy: Strategy, nbytes: Mapping[s
             base.update(dict.fromkeys(node.outputs, base.get(node.inputs[0], node.inputs[0])))
         if not any(graph.values[name].requires_grad for name in node.outputs):
             continue
-        for side, index in saved_for_backward(node.op, node.args, dict(node.kwargs)):
-            name = (node.inputs if side == "input" else node.outputs)[index]
-            if graph.values[name].kind not in ("parameter", "buffer"):
+        for side, index in saved_for_backward(node.op, node.args, dict(node.kwargs), graph.values):
+            name = (node.outputs if side == "output" else node.inputs)[index]
+            if side == "like_input":
+                kept[node.outputs[0], strategy.layouts[name]] = nbytes[name]
+            elif graph.values[name].kind not in ("parameter", "buffer"):
                 name = base.get(name, name)
                 kept[name, strategy.layouts[name]] = nbytes[name]
     return kept

@@ -49,7 +49,7 @@ class Request:
     @property
     def budget_bytes(self) -> float:
         """Memory that a plan may use on one device."""
-        return self.hardware.memory_bytes * (1.0 - self.hardware.allocator_margin)
+        return self.hardware.usable_bytes
 
 
 @dataclass(frozen=True)
