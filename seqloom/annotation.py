@@ -15,7 +15,7 @@ Grammar: `inputs -> outputs`; shapes are separated by `,`, dimensions by spaces.
 | `4` | a dimension of that size, never split |
 | `*` | any number of leading dimensions, the same everywhere (named `*0`, `*1`, ... once bound); takes a mark like a name |
 | `?` | an input that is not split, tensor or not |
-| nothing, or `()` | a scalar; nothing at all left of the arrow means no inputs, so a lone scalar input is written `()` |
+| `()`, or nothing | a scalar: `a+ -> ()` and `a+ ->` are the same; but nothing at all left of the arrow means no inputs |
 
 A name has one mark everywhere. A name without a mark stands in every output (or the operator would owe a sum: `+`, or a freeze: `^`).
 
@@ -121,11 +121,9 @@ class Annotation:
         return Annotation(parsed.inputs, parsed.outputs, parsed.marks, parsed.written, parsed.text, parsed.places)
 
     def __str__(self) -> str:
-        """The normal form: marks as the group rule leaves them, one space between words."""
+        """The normal form: marks as the group rule leaves them, one space between words, `()` for a scalar."""
         marks = dict(self.marks)
         sides = [[_shape_text(dims, marks) for dims in side] for side in (self.inputs, self.outputs)]
-        if sides[0] == [""]:
-            sides[0] = ["()"]
         return " -> ".join(", ".join(side) for side in sides).strip()
 
     def splittable(self) -> list[tuple[int, int]]:
@@ -160,7 +158,7 @@ def _shape_text(dims: Dims | None, marks: Mapping[str, str]) -> str:
     if dims is None:
         return "?"
     words = [[name + marks.get(name, "") for name in dim] for dim in dims]
-    return " ".join(word[0] if len(word) == 1 else f"({' '.join(word)})" for word in words)
+    return " ".join(word[0] if len(word) == 1 else f"({' '.join(word)})" for word in words) or "()"
 
 
 # --- binding ---------------------------------------------------------------------------------------------------------------------
@@ -224,21 +222,19 @@ class _Binder:
         if dims is None:
             return None
         shape, starred = self.shapes[tensor], bool(dims) and dims[0] == ("*",)
-        is_input = tensor < len(self.note.inputs)
-        if shape is None and is_input:
-            raise self._error(f"{self.tensors[tensor]} is not a tensor, but only '?' may stand for such an argument", self._at(tensor, 0))
-        if starred and shape is not None:
+        if shape is None and tensor < len(self.note.inputs):
+            raise self._tensor_error(tensor, "is not a tensor, but only '?' may stand for such an argument")
+        if shape is not None and starred and len(shape) < len(dims) - 1:
+            raise self._tensor_error(tensor, f"has {len(shape)} dimensions {tuple(shape)}, but the annotation at least {len(dims) - 1}")
+        if shape is not None and starred:
             leading = len(shape) - len(dims) + 1
             if self.stars is None:
                 self.stars, self.star_tensor = leading, self.tensors[tensor]
-            if leading != self.stars and leading >= 0:
-                raise self._error(
-                    f"'*' is {leading} dimensions in {self.tensors[tensor]} but {self.stars} in {self.star_tensor}", self._at(tensor, 0)
-                )
-        full = dims if not starred else tuple((f"*{i}",) for i in range(self.stars or 0)) + dims[1:]
+            if leading != self.stars:
+                raise self._tensor_error(tensor, f"has {leading} dimensions for '*', but {self.star_tensor} has {self.stars}")
+        full = tuple((f"*{i}",) for i in range(self.stars or 0)) + dims[1:] if starred else dims
         if shape is not None and len(full) != len(shape):
-            problem = f"{self.tensors[tensor]} has {len(shape)} dimensions {tuple(shape)}, but the annotation has {len(full)} for it"
-            raise self._error(problem, self._at(tensor, 0))
+            raise self._tensor_error(tensor, f"has {len(shape)} dimensions {tuple(shape)}, but the annotation has {len(full)} for it")
         return full
 
     def _equations(self) -> Iterator[_Equation]:
@@ -301,6 +297,10 @@ class _Binder:
                 if name in dim:
                     return self._at(tensor, j)
         return 0
+
+    def _tensor_error(self, tensor: int, problem: str) -> AnnotationError:
+        places = self.note.places[tensor]
+        return self._error(f"{self.tensors[tensor]} {problem}", places[0] if places else 0)
 
     def _error(self, problem: str, at: int) -> AnnotationError:
         return AnnotationError(problem, self.note.text, at)

@@ -69,8 +69,14 @@ def parse(raw: str) -> Parsed:
     frozen = frozen_by_groups(all_dims(names), {})
     marks = {name: "^" if name in frozen else mark for name, mark in written.items()}
     _check_splits(text, inputs, outputs, marks)
-    places = tuple(tuple(dim[0].at for dim in shape or ()) for shape in (*inputs, *outputs))
+    places = tuple(tuple(_begin(text, dim) for dim in shape or ()) for shape in (*inputs, *outputs))
     return Parsed(tuple(names[0]), tuple(names[1]), tuple(marks.items()), tuple(written.items()), text, places)
+
+
+def _begin(text: str, dim: tuple[_Atom, ...]) -> int:
+    """Place of a dimension: of its name, or of the parenthesis before its names."""
+    before = text[: dim[0].at].rstrip()
+    return len(before) - 1 if before.endswith("(") else dim[0].at
 
 
 def _names(shape: _AtomShape | None) -> Dims | None:
