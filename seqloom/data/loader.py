@@ -24,6 +24,8 @@ from seqloom.errors import UserError
 if TYPE_CHECKING:
     from datasets import Dataset
 
+SCAN_TOKENS = 2**22  # read at once when all rows are looked at
+
 
 @dataclass(frozen=True)
 class PackedDataset:
@@ -54,14 +56,14 @@ class PackedDataset:
         return self.path / TOKENIZER_FOLDER
 
     def read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """`(input_ids, labels)` of some rows: two int32 arrays of shape `[len(rows), seq_len]`."""
-        batch = self.table.with_format("numpy")[rows]
+        """`(input_ids, labels)` of some rows: two int64 arrays of shape `[len(rows), seq_len]`."""
+        batch = self.table.with_format("numpy", dtype=np.int64)[rows]
         return batch[COLUMNS[0]], batch[COLUMNS[1]]
 
     def check_vocab(self, vocab_size: int) -> None:
         """Raise UserError naming the first row that holds an id a model of this vocabulary does not have. Reads every row once."""
         start = 0
-        for batch in self.table.with_format("arrow").iter(batch_size=max(1, 2**22 // self.seq_len)):
+        for batch in self.table.with_format("arrow").iter(batch_size=max(1, SCAN_TOKENS // self.seq_len)):
             for name in COLUMNS:
                 ids = batch[name].combine_chunks().flatten().to_numpy()
                 if ids.max() >= vocab_size:
@@ -195,6 +197,6 @@ class Loader:
         return self._order[1]
 
     def _micro_batch(self, rows: np.ndarray) -> dict[str, Tensor]:
-        input_ids, labels = (torch.from_numpy(array.astype(np.int64)) for array in self.dataset.read(rows))
+        input_ids, labels = (torch.from_numpy(array) for array in self.dataset.read(rows))
         position_ids = torch.arange(self.dataset.seq_len).expand_as(input_ids).contiguous()
         return {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
