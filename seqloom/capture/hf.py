@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 ATTENTION = "seqloom"
+ATTENTION_OP = "seqloom.ops.attention:attention"
 
 
 def build_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -35,7 +36,14 @@ def build_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
     try:
         with torch.device("meta"), attention_operator():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
-    except (ValueError, KeyError, ImportError) as error:
+    except KeyError as error:
+        if ATTENTION not in error.args:
+            raise
+        raise UserError(
+            f"{config.model_type} has attention code of its own and accepts no other, so capture cannot tell where its attention is; "
+            "use a model built on transformers' attention interface."
+        ) from error
+    except (ValueError, ImportError) as error:
         reason = _first_line(error)
         raise UserError(f"transformers cannot build a causal language model from this config ({reason}); check model_type.") from error
     return model.train()
@@ -95,6 +103,23 @@ def refuse_dropout(graph: Graph, config: PretrainedConfig) -> None:
     for node in graph.nodes:
         if "dropout" in node.op:
             raise _dropout_error(node.args[1], node.module or graph.name, config)
+
+
+def check_attention(graph: Graph, config: PretrainedConfig) -> None:
+    """Raise `UserError` where the graph may attend to other positions than the model does.
+
+    The trace has no masks (see `attention_operator`): a model that does not call our operator, or that says in its mask alone what a
+    position sees, would come out wrong without a word.
+    """
+    attention = [dict(node.kwargs) for node in graph.nodes if node.op == ATTENTION_OP]
+    if not attention:
+        raise UserError(f"{graph.name} does not take its attention from transformers' attention interface; use a model that does.")
+    kinds = getattr(config, "layer_types", None) or []
+    if "chunked_attention" in kinds:
+        raise UserError(f"{graph.name} has layers of chunked attention, which seqloom has no operator for; use full or sliding attention.")
+    windows = sum(kwargs.get("window") is not None for kwargs in attention)
+    if "sliding_attention" in kinds and not windows:
+        raise UserError(f"{graph.name} applies its sliding window by a mask only, which capture cannot see; set sliding_window to None.")
 
 
 def _dropout_error(probability: Any, where: str, config: PretrainedConfig | None) -> UserError:

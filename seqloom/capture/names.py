@@ -33,7 +33,8 @@ def rename(graph: Graph) -> Graph:
     streams = {name: block.inputs[0] for name, block in graph.blocks.items() if block.inputs}
     given = dict(zip(graph.inputs, graph.inputs, strict=True))
     total = graph.producers()[graph.outputs[0]]
-    given |= {total.outputs[0]: "loss", total.inputs[0]: "losses"}
+    made_by_block = {out for node in graph.nodes if node.is_block for out in node.outputs}
+    given |= {name: "losses" for name in total.inputs if name not in made_by_block} | {total.outputs[0]: "loss"}
     new = _unique(graph, _stems(graph, given, None))
     blocks: dict[str, Graph] = {}
     for name, block in graph.blocks.items():

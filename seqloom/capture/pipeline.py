@@ -16,7 +16,7 @@ import torch
 from seqloom.capture.blocks import find_blocks
 from seqloom.capture.float64 import widen
 from seqloom.capture.head import add_loss
-from seqloom.capture.hf import build_model, refuse_dropout, tied_keys
+from seqloom.capture.hf import build_model, check_attention, refuse_dropout, tied_keys
 from seqloom.capture.names import rename
 from seqloom.capture.simplify import simplify
 from seqloom.capture.tracing import trace
@@ -57,7 +57,7 @@ def capture(
 
     `dtype` is the dtype of the parameters and thereby of the computation; float64 makes everything float64, for parity. `loss` names
     the registered operator used where the head is a plain linear, `loss_chunk` its chunk in tokens. Raises `UserError` for a model that
-    cannot be built or traced, uses dropout, or contains an operator without a rule.
+    cannot be built or traced, uses dropout, hides its attention, or contains an operator without a rule.
     """
     model = build_model(config, dtype)
     graph = trace(model, batch_size, seq_len)
@@ -65,6 +65,7 @@ def capture(
         graph = widen(graph)
     graph = simplify(graph)
     refuse_dropout(graph, config)
+    check_attention(graph, config)
     graph = add_loss(graph, loss, loss_chunk, torch.float64 if dtype == torch.float64 else torch.float32)
     graph = find_blocks(graph, {path: type(module).__name__ for path, module in model.named_modules()})
     graph = annotate(rename(graph))

@@ -153,9 +153,9 @@ def _detach(node: Node, scope: _Scope) -> Rewrite:
 
 
 def _times(node: Node, scope: _Scope) -> Rewrite:
-    """A factor of exactly 1 (the rotary embedding's attention scaling, as a rule) goes."""
-    x, factor = node.args
-    changes = isinstance(factor, Ref) or factor != 1 or scope.values[x.name].dtype != scope.values[node.outputs[0]].dtype
+    """A factor or divisor of exactly 1 (the rotary embedding's attention scaling, as a rule) goes."""
+    x, factor = node.args[:2]
+    changes = node.kwargs or isinstance(factor, Ref) or factor != 1 or scope.values[x.name].dtype != scope.values[node.outputs[0]].dtype
     return [node] if changes else x
 
 
@@ -198,7 +198,7 @@ _RULES: dict[str, Rule] = {
     "slice": _slice,
     "dropout": _dropout,
     "detach": _detach,
-    "mul": _times,
+    **dict.fromkeys(("mul", "div"), _times),
     "linear": _linear,
     "addmm": _addmm,
 }
