@@ -31,9 +31,13 @@ PARAMETERS = {
 @pytest.fixture
 def no_network(monkeypatch, tmp_path):
     """The hub does not answer and nothing is cached."""
-    from huggingface_hub import constants
+    import transformers.utils.hub
+    from huggingface_hub import constants, file_download
 
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for module in (constants, file_download, transformers.utils.hub):
+        for name in ("HF_HUB_CACHE", "TRANSFORMERS_CACHE"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, str(tmp_path / "hub"))
     monkeypatch.setattr("seqloom.data.hub.hub_reachable", lambda: False)
 
 
@@ -113,9 +117,7 @@ def test_a_cached_hub_id_is_read_from_the_cache(no_network, tmp_path):
     refs = tmp_path / "hub" / "models--some--model" / "refs"
     refs.mkdir()
     (refs / "main").write_text("abc")
-    import huggingface_hub.file_download as file_download
-
-    assert file_download.try_to_load_from_cache("some/model", "config.json", cache_dir=tmp_path / "hub")
+    assert resolve_config("some/model").hidden_size == 32
     assert not has_weights("some/model")
 
 

@@ -56,8 +56,6 @@ def shrink(config: PretrainedConfig, sizes: Sizes) -> PretrainedConfig:
     for name, value in vars(sizes).items():
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}: give a positive number")
-    if not hasattr(config, "num_hidden_layers"):
-        raise UserError(f"a {config.model_type} config has no num_hidden_layers: give the model id of a plain language model")
     if sizes.num_layers > config.num_hidden_layers:
         raise UserError(f"--num_layers is {sizes.num_layers}, but the model has {config.num_hidden_layers} layers: ask for at most these")
     mini = copy.deepcopy(config)
@@ -91,6 +89,10 @@ def create_mini_model(
         raise UserError(f"--output_id {output_id} is the folder of the original: choose another one")
     check_target(target, "config.json")
     original = resolve_config(model_id)
+    if not (hasattr(original, "num_hidden_layers") and hasattr(original, "vocab_size")):
+        raise UserError(
+            f"{model_id} cannot shrink: a {original.model_type} config is not that of a plain language model; choose such a one"
+        )
     loaded = _tokenizer(tokenizer, dataset_path)
     if loaded is not None:
         sizes = _with_vocab(sizes, len(loaded), original.vocab_size, keep=source is not None)
