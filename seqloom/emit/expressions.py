@@ -165,7 +165,6 @@ def _expand(node: Node, arguments: Mapping[str, Expression], context: Context) -
     return Expression(f"{arguments[node.inputs[0]].at(ATOM)}.expand({', '.join(map(str, context.shapes[node.outputs[0]]))})")
 
 
-
 _SPELLINGS: dict[str, Spelling] = {
     "aten.add.Tensor": _infix("+", SUM),
     "aten.add.Scalar": _infix("+", SUM),

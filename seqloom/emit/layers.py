@@ -116,7 +116,9 @@ def loops(plan: Plan) -> list[Loop]:
         if found and found[-1].container == container:
             previous = found[-1].calls[-1]
             carried = [i for i, n in enumerate(call.inputs) if n in previous.outputs]
-            same = [n for i, n in enumerate(call.inputs) if i not in carried] == [n for i, n in enumerate(previous.inputs) if i not in carried]
+            same = [n for i, n in enumerate(call.inputs) if i not in carried] == [
+                n for i, n in enumerate(previous.inputs) if i not in carried
+            ]
             if len(carried) == 1 and same and len(call.outputs) == 1 and (len(found[-1].calls) == 1 or found[-1].carried == carried[0]):
                 found[-1] = Loop((*found[-1].calls, call), container, carried[0])
                 continue

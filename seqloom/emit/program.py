@@ -26,7 +26,12 @@ def program_source(plan: Plan, model_class: str, tied: Mapping[str, str], summar
     classes = [block_source(plan, name, functions, used) for name in blocks]
     model = model_source(plan, model_class, functions, used)
     recomputes = any(segment.recompute for planned in plan.regions.values() for segment in planned.segments)
-    body = [*functions.sources.values(), *classes, model, f"MODEL = {model_class}\nBLOCKS = ({', '.join(blocks)}{',' if len(blocks) == 1 else ''})"]
+    body = [
+        *functions.sources.values(),
+        *classes,
+        model,
+        f"MODEL = {model_class}\nBLOCKS = ({', '.join(blocks)}{',' if len(blocks) == 1 else ''})",
+    ]
     text = "\n\n\n".join([_header(plan, summary), _imports(plan, used, "\n\n".join(body), recomputes), _tables(plan, tied), *body]) + "\n"
     return format_source(text)
 

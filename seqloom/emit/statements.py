@@ -60,7 +60,9 @@ def placement_text(scope: Scope, name: str, layout: Layout) -> str:
     for axis, placement in zip(axes, layout, strict=True):
         if placement.kind == "S":
             split.setdefault(placement.dim, []).append(axis)
-    letters = [f"{letter}@{'·'.join(split[dim])}" if dim in split else letter for dim, letter in enumerate(scope.planned.region.labels[name])]
+    letters = [
+        f"{letter}@{'·'.join(split[dim])}" if dim in split else letter for dim, letter in enumerate(scope.planned.region.labels[name])
+    ]
     partial = [axis for axis, placement in zip(axes, layout, strict=True) if placement.kind == "P"]
     return f"[{', '.join(letters)}]" + (f" sum@{'·'.join(partial)}" if partial else "")
 
@@ -110,7 +112,9 @@ def reshard_lines(scope: Scope, reshard: Reshard, keep_original: bool) -> list[s
     current = source
     for index, move in enumerate(reshard.moves):
         cost = milliseconds(reshard.forward_s, reshard.backward_s) if index == len(reshard.moves) - 1 else ""
-        lines.append(f"{target} = {_collective(scope, move, current)}  # {placement_text(scope, reshard.value, move.layout)} {cost}".rstrip())
+        lines.append(
+            f"{target} = {_collective(scope, move, current)}  # {placement_text(scope, reshard.value, move.layout)} {cost}".rstrip()
+        )
         current = target
     scope.variables[reshard.value, reshard.dst] = target
     return lines

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from seqloom.graph import Graph, Node
 
 HEAVY = frozenset(
-    f"aten.{name}" for name in ("linear.default", "matmul.default", "mm.default", "bmm.default", "embedding.default", "cross_entropy_loss.default")
+    f"aten.{name}"
+    for name in ("linear.default", "matmul.default", "mm.default", "bmm.default", "embedding.default", "cross_entropy_loss.default")
 )
 
 
@@ -92,7 +93,11 @@ def _group(graph: Graph) -> list[list[Node]]:
 def _joinable(graph: Graph, groups: list[list[Node]], home: Mapping[str, int], node: Node) -> int | None:
     if is_heavy(node):
         return None
-    candidates = {home[name] for name in node.inputs if name in home and graph.values[name].requires_grad == graph.values[node.outputs[0]].requires_grad}
+    candidates = {
+        home[name]
+        for name in node.inputs
+        if name in home and graph.values[name].requires_grad == graph.values[node.outputs[0]].requires_grad
+    }
     candidates = {c for c in candidates if not is_heavy(groups[c][0]) and groups[c][0].module == node.module}
     if len(candidates) != 1:
         return None

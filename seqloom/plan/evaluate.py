@@ -170,4 +170,3 @@ def _flops(plan: Plan) -> float:
 
 def _cluster_flops(cluster: PlannedCluster) -> float:
     return sum(flops_of(node) for node in cluster.cluster.nodes)
-

@@ -105,7 +105,9 @@ def candidate_meshes(request: Request) -> Iterator[tuple[Axis, ...]]:
     if request.force:
         parts = parse_force(request.force)
         if prod(size for _, size in parts) != request.ranks:
-            raise UserError(f"--force {request.force} makes {prod(n for _, n in parts)} ranks and plan_ngpus is {request.ranks}: make them equal")
+            raise UserError(
+                f"--force {request.force} makes {prod(n for _, n in parts)} ranks and plan_ngpus is {request.ranks}: make them equal"
+            )
         ordered = sorted(parts, key=lambda part: part[0].startswith("tp"))
         yield tuple(Axis(size, "split" if kind.startswith("tp") else "sum", kind) for kind, size in ordered if size > 1)
         return

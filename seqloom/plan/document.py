@@ -1,0 +1,175 @@
+"""`plan.json`: the plan as a document, and the decisions read back from it.
+
+Everything but `timings` and `solver.seconds` follows from the input alone and is byte-identical between runs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from seqloom.errors import UserError
+from seqloom.plan.evaluate import GIB, Evaluation
+from seqloom.plan.labels import ATTENTION
+from seqloom.plan.placement import B, Layout, P, Placement, R, S
+from seqloom.plan.plan import Plan, PlannedRegion, Reshard
+from seqloom.plan.price import flops_of
+from seqloom.plan.solver import Decisions, SolverReport
+from seqloom.plan.space import Axis
+from seqloom.plan.storage import Storage
+
+VERSION = 1
+
+
+def plan_document(plan: Plan, evaluation: Evaluation, solver: SolverReport, timings: Mapping[str, float]) -> dict[str, Any]:
+    """The plan with its predictions, ready for JSON."""
+    graph = plan.outer.region.graph
+    batch, seq_len = graph.values[graph.inputs[0]].shape
+    ranks = _ranks(plan)
+    tokens = batch * seq_len * plan.storage.accumulation
+    causal, full = _mfu(plan, evaluation, ranks)
+    return {
+        "version": VERSION,
+        "mesh": dict(plan.mesh),
+        "dp": plan.machine.dp,
+        "hardware": plan.machine.hardware.name,
+        "seq_len": seq_len,
+        "micro_batch_size": batch,
+        "grad_accumulation_steps": plan.storage.accumulation,
+        "zero": plan.storage.zero,
+        "step_time_s": evaluation.step_s,
+        "time_s": dict(evaluation.time),
+        "tokens_per_s_per_gpu": tokens / evaluation.step_s / ranks,
+        "mfu_causal": causal,
+        "mfu_full": full,
+        "peak_memory_gib": {"total": evaluation.peak_bytes / GIB, **{part: b / GIB for part, b in evaluation.memory.items()}},
+        "memory_limit_gib": plan.machine.hardware.usable_bytes / GIB,
+        "comm_bytes": dict(evaluation.wire_bytes),
+        "blocks": {key or "model": _region_rows(plan, planned) for key, planned in plan.regions.items()},
+        "segments": {key: _segment_rows(planned) for key, planned in plan.regions.items() if key},
+        "solver": {
+            "status": solver.status,
+            "gap": solver.gap,
+            "seconds": solver.seconds,
+            "variables": solver.variables,
+            "programs": solver.programs,
+        },
+        "timings": dict(timings),
+        "decisions": decisions_document(plan.decisions),
+    }
+
+
+def _ranks(plan: Plan) -> int:
+    count = 1
+    for size in plan.mesh.values():
+        count *= size
+    return count
+
+
+def _mfu(plan: Plan, evaluation: Evaluation, ranks: int) -> tuple[float, float]:
+    """Model FLOPs utilization counting causal attention as it is, and counting it full (the usual publication)."""
+    attention = sum(
+        planned.region.count * sum(flops_of(n) for c in planned.clusters for n in c.cluster.nodes if n.op == ATTENTION)
+        for planned in plan.regions.values()
+    )
+    dtype = next(iter(plan.outer.region.graph.parameters().values())).dtype
+    available = evaluation.step_s * ranks * plan.machine.hardware.peak(dtype)
+    causal = 3 * evaluation.flops
+    return causal / available, (causal + 3 * attention * plan.storage.accumulation) / available
+
+
+def layout_text(layout: Layout) -> str:
+    """`S(1) B`: one word an axis."""
+    return " ".join(str(placement) for placement in layout)
+
+
+def parse_layout(text: str) -> Layout:
+    """The layout that `layout_text` wrote."""
+    return tuple(_parse_placement(word) for word in text.split())
+
+
+def _parse_placement(word: str) -> Placement:
+    match = re.fullmatch(r"S\((\d+)\)", word)
+    if match:
+        return S(int(match[1]))
+    if word not in ("R", "B", "P"):
+        raise UserError(f"plan.json holds `{word}`, which is no placement: compile again")
+    return {"R": R, "B": B, "P": P}[word]
+
+
+def _region_rows(plan: Plan, planned: PlannedRegion) -> list[dict[str, Any]]:
+    rows = []
+    for segment in planned.segments:
+        for cluster in segment.clusters:
+            rows += [_reshard_row(reshard) for reshard in cluster.reshards]
+            split = [_split_letter(planned, cluster.strategy.splits, cluster.cluster, axis) for axis in range(len(plan.mesh))]
+            rows.append(
+                {
+                    "operator": cluster.cluster.name,
+                    "ops": [node.op for node in cluster.cluster.nodes],
+                    "strategy": dict(zip(plan.mesh, split, strict=True)),
+                    "placements": {
+                        name: layout_text(cluster.strategy.layouts[name]) for name in (*cluster.cluster.inputs, *cluster.cluster.outputs)
+                    },
+                    "forward_s": cluster.price.forward_s,
+                    "backward_s": cluster.price.backward_s,
+                    "segment": segment.segment.name,
+                }
+            )
+        rows += [_reshard_row(reshard) for reshard in segment.leaving]
+    return rows
+
+
+def _split_letter(planned: PlannedRegion, splits: Sequence[str], cluster: Any, axis: int) -> str:
+    """The letter of the dimension that a cluster splits on an axis, "whole" where it runs whole."""
+    for option in cluster.classes:
+        if option.name == splits[axis]:
+            letters = [planned.region.labels[name][dim] for name, dim in option.dims.items()]
+            return next((letter for letter in letters if letter in ("b", "l")), letters[-1])
+    return "whole"
+
+
+def _reshard_row(reshard: Reshard) -> dict[str, Any]:
+    return {
+        "reshard": reshard.value,
+        "from": layout_text(reshard.src),
+        "to": layout_text(reshard.dst),
+        "forward_s": reshard.forward_s,
+        "backward_s": reshard.backward_s,
+    }
+
+
+def _segment_rows(planned: PlannedRegion) -> dict[str, dict[str, int]]:
+    count = planned.region.count
+    return {
+        s.segment.name: {"keep": 0 if s.recompute else count, "recompute": count if s.recompute else 0, "offload": 0}
+        for s in planned.segments
+    }
+
+
+def decisions_document(decisions: Decisions) -> dict[str, Any]:
+    """Decisions as plain JSON."""
+    return {
+        "axes": [{"size": axis.size, "role": axis.role} for axis in decisions.axes],
+        "dp": decisions.dp,
+        "storage": {"zero": decisions.storage.zero, "itemsize": decisions.storage.itemsize, "accumulation": decisions.storage.accumulation},
+        "splits": {key: [list(split) for split in parts] for key, parts in decisions.splits.items()},
+        "recompute": {key: list(flags) for key, flags in decisions.recompute.items()},
+        "slots": {slot: layout_text(layout) for slot, layout in decisions.slots.items()},
+    }
+
+
+def parse_decisions(document: Mapping[str, Any]) -> Decisions:
+    """Decisions from the `decisions` of a `plan.json`. Raises `UserError` where they are not readable."""
+    try:
+        return Decisions(
+            axes=tuple(Axis(axis["size"], axis["role"]) for axis in document["axes"]),
+            dp=document["dp"],
+            storage=Storage(**document["storage"]),
+            splits={key: tuple(tuple(split) for split in parts) for key, parts in document["splits"].items()},
+            recompute={key: tuple(flags) for key, flags in document["recompute"].items()},
+            slots={slot: parse_layout(text) for slot, text in document["slots"].items()},
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"plan.json has no readable decisions ({error}): compile again") from error
