@@ -144,7 +144,7 @@ RULES: dict[str, Rule] = {
     **_rules(_select, "select", view=True),
     **_rules(_unbind, "unbind", view=True),
     **_rules(_index_select, "index_select", saved=keeps_inputs(1)),
-    **_rules(_gather, "gather", saved=keeps_inputs(1)),
+    **_rules(_gather, "gather", saved=keeps_inputs()),
     **_rules(_diff, "diff"),
     **_rules(_triangle, "tril", "triu"),
     **_rules(_one_hot, "one_hot"),

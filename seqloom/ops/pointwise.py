@@ -50,13 +50,13 @@ def _rules(saved: Saved, *ops: str) -> dict[str, Rule]:
 
 
 RULES: dict[str, Rule] = {
-    **_rules(keeps_nothing, "add", "sub", "rsub", "neg", "alias", "clone", "contiguous", "detach", "to", "_to_copy", "float", "half"),
+    **_rules(keeps_nothing, "add", "sub", "rsub", "neg", "alias", "clone", "contiguous", "detach", "to", "_to_copy"),
     **_rules(keeps_nothing, "eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf", "sign", "floor", "ceil", "round", "floor_divide"),
     **_rules(keeps_nothing, "logical_and", "logical_or", "logical_not", "logical_xor", "bitwise_and", "bitwise_or", "bitwise_not"),
     **_rules(keeps_nothing, "zeros_like", "ones_like", "full_like", "lift_fresh_copy"),
     **_rules(keeps_factors, "mul"),
     **_rules(keeps_output, "rsqrt", "sqrt", "exp", "tanh", "sigmoid", "relu", "reciprocal"),
-    **_rules(keeps_inputs(0), "silu", "gelu", "log", "log1p", "cos", "sin", "abs", "square", "erf", "softplus", "logsigmoid"),
+    **_rules(keeps_inputs(0), "silu", "gelu", "log", "log1p", "cos", "sin", "abs", "square", "erf", "softplus", "log_sigmoid"),
     **_rules(keeps_inputs(0), "clamp", "clamp_min", "clamp_max", "leaky_relu", "where"),
     **_rules(keeps_inputs(1), "masked_fill"),
     **_rules(keeps_inputs(), "maximum", "minimum"),

@@ -57,6 +57,14 @@ def _along(call: Call) -> Text:
     return write([marked], [marked])
 
 
+def _reordered(call: Call) -> Text:
+    """`flip` and `roll`: the dimensions they move along are frozen, all of them for a roll of the flattened tensor."""
+    words = names(len(call.shape()))
+    over = axes(call.arg(2 if call.base == "aten.roll" else 1, "dims"), len(words))
+    marked = [word + "^" if i in over else word for i, word in enumerate(words)]
+    return write([marked], [marked])
+
+
 def _normalized(call: Call) -> Text:
     """`layer_norm` and `rms_norm`: the trailing `normalized_shape` is frozen; weight and bias have that shape."""
     words, count = names(len(call.shape())), len(call.arg(1, "normalized_shape"))
@@ -74,14 +82,14 @@ def _class_loss(call: Call) -> Text:
     positions = [word for i, word in enumerate(logits) if i != at]
     if len(call.shape(1)) == len(words):
         raise UserError(f"operator '{call.op}' with class probabilities as targets has no rule: give it class indices")
-    weight = [[logits[at]]] * (len(call.tensors) - 2)
-    return write([logits, positions, *weight], [positions if reduction == "none" else []])
+    if len(call.tensors) > 2:
+        raise UserError(f"operator '{call.op}' with class weights has no rule: weight the per-token losses instead")
+    return write([logits, positions], [positions if reduction == "none" else []])
 
 
 def _class_loss_saved(call: Call) -> list[Kept]:
-    if call.base == "aten.nll_loss_nd":
-        return [("input", i) for i in range(len(call.tensors))]
-    return [("like_input", 0), *(("input", i) for i in range(1, len(call.tensors)))]  # the log-probabilities are a tensor of their own
+    # Cross entropy keeps its log-probabilities, a tensor of their own.
+    return [("input" if call.base == "aten.nll_loss_nd" else "like_input", 0), ("input", 1)]
 
 
 def _rules(annotate: Annotate, saved: Saved, *ops: str) -> dict[str, Rule]:
@@ -95,7 +103,8 @@ RULES: dict[str, Rule] = {
     **_rules(_reduce("^"), lambda call: [("input", 0), ("output", 0)], "amax", "amin", "logsumexp"),
     **_rules(_extreme, lambda call: [("output", 1)] if call.overload == "dim" else [("input", 0), ("output", 0)], "max", "min"),
     **_rules(_along, keeps_output, "softmax", "log_softmax", "_softmax", "_log_softmax"),
-    **_rules(_along, keeps_nothing, "cumsum", "flip", "roll"),
+    **_rules(_along, keeps_nothing, "cumsum"),
+    **_rules(_reordered, keeps_nothing, "flip", "roll"),
     **_rules(_normalized, keeps_inputs(), "layer_norm", "rms_norm"),
     **_rules(_class_loss, _class_loss_saved, "cross_entropy_loss", "nll_loss_nd"),
 }

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from math import gcd, prod
 from typing import Any
 
-from seqloom.ops.call import Annotate, Call, Rule, Shape, Text, Word, axes, axis, keeps_nothing, names, replaced, write
+from seqloom.ops.call import Annotate, Call, Rule, Shape, Text, Word, axes, axis, base_name, keeps_nothing, names, replaced, write
 
 _SIZED = {"aten.view": "size", "aten.reshape": "shape", "aten._unsafe_view": "size", "aten.expand": "size"}
 
@@ -85,8 +85,13 @@ def resolve_sizes(source: Shape, sizes: Sequence[int]) -> Shape:
 
 
 def with_output_shape(op: str, args: tuple[Any, ...], kwargs: dict[str, Any], shape: Shape) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call whose output has another shape (a rank's own): only views and expand carry sizes, others are unchanged."""
-    name = _SIZED.get(op.rpartition(".")[0])
+    """The arguments of a call whose output has another shape (a rank's own): only views and
+    expand carry sizes, others are unchanged."""
+    base = base_name(op)
+    if base == "aten.unflatten":
+        dim, parts = axis(args[1], len(shape) - len(args[2]) + 1), len(args[2])
+        return replaced(args, 2, tuple(shape[dim : dim + parts])), kwargs
+    name = _SIZED.get(base)
     if name is None:
         return args, kwargs
     if name in kwargs:
@@ -154,10 +159,11 @@ def _unsqueeze(call: Call) -> Text:
 
 
 def _squeeze(call: Call) -> Text:
+    """Dimensions of size 1 go. A larger one that is named too is frozen: a piece of it could have size 1."""
     shape, words = call.shape(), names(len(call.shape()))
-    gone = {i for i in axes(call.arg(1, "dim"), len(shape)) if shape[i] == 1}
-    inputs = ["1" if i in gone else word for i, word in enumerate(words)]
-    return write([inputs], [[word for i, word in enumerate(words) if i not in gone]])
+    over = axes(call.arg(1, "dim"), len(shape))
+    marked = [word if i not in over else "1" if shape[i] == 1 else word + "^" for i, word in enumerate(words)]
+    return write([marked], [[word for word in marked if word != "1"]])
 
 
 def _repeat_interleave(call: Call) -> Text:
