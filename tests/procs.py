@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import tempfile
 import threading
 import time
@@ -60,7 +61,7 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
         for pipe in ready:
             rank = open_pipes[pipe]
             try:
-                succeeded, value = pipe.recv()
+                succeeded, value = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 raise RankError(f"rank {rank} died without a word") from None
             if not succeeded:
@@ -94,9 +95,10 @@ def _child(
     except BaseException:
         report = (False, traceback.format_exc())
     try:
-        sender.send(report)
+        message = pickle.dumps(report)  # whole: a tensor shared by file descriptor would die with this process
     except Exception:
-        sender.send((False, f"the result cannot travel between processes:\n{traceback.format_exc()}"))
+        message = pickle.dumps((False, f"the result cannot travel between processes:\n{traceback.format_exc()}"))
+    sender.send_bytes(message)
     sender.close()
     os._exit(0)
 

@@ -15,6 +15,16 @@ def _sum(rank, world_size, offset):
     return rank, world_size, value.item()
 
 
+def _tensor(rank, world_size, tensor):
+    return {"sum": tensor.sum() + rank, "view": tensor[1:]}
+
+
+def test_tensors_travel_both_ways():
+    first, second = procs.run_ranks(_tensor, 2, torch.arange(4.0))
+    assert (first["sum"].item(), second["sum"].item()) == (6.0, 7.0)
+    assert torch.equal(second["view"], torch.tensor([1.0, 2.0, 3.0]))
+
+
 def _fail_on_one(rank, world_size):
     if rank == 1:
         raise ValueError("the reason")
