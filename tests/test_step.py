@@ -9,11 +9,12 @@ from procs import run_ranks
 from torch.distributed.tensor import DTensor
 
 from seqloom.checkpoint.slices import local_boxes, local_tensor
+from seqloom.errors import UserError
 from seqloom.runtime.materialize import storage
 from seqloom.runtime.mesh import build_mesh
-from seqloom.runtime.optimizer import build_optimizer
+from seqloom.runtime.optimizer import build_optimizer, model_and_optimizer_tensors
 from seqloom.runtime.program import load_program
-from seqloom.runtime.step import TrainStep, accumulate_gradients, reduce_loss_and_norm
+from seqloom.runtime.step import TrainStep, accumulate_gradients, count_tokens, local_inputs, reduce_loss_and_norm
 
 PROGRAMS = Path(__file__).parent / "handwritten_programs"
 CPU = torch.device("cpu")
@@ -127,3 +128,134 @@ def test_equals_the_plain_model(tmp_path, name, plan_mesh, dp):
     for size in plan_mesh.values():
         world_size *= size
     run_ranks(_parity, world_size, str(tmp_path), name, plan_mesh, dp, (0, 1, 3), (1, 2))
+
+
+def _compiled(rank, world_size, folder):
+    program = variant(f"{folder}/{rank}", "mixed")
+    mesh = build_mesh(program.MESH, 1, "cpu")
+    (expected,), _ = reference_steps(False, [[mlp_lm.batch(0)]])
+    model = filled(program, mesh, mlp_lm.build().state_dict())
+    for module in model.modules():
+        if isinstance(module, program.BLOCKS):
+            module.compile(backend="aot_eager", fullgraph=True)
+    part, _ = accumulate_gradients(model, program, mesh, [mlp_lm.batch(0)], CPU)
+    loss, _ = reduce_loss_and_norm(model, program, mesh, part)
+    close(loss, expected[0], "loss")
+    for key, param in model.named_parameters():
+        close(param.grad, expected[3][key], f"gradient of {key}")
+
+
+def test_compiled_blocks_with_recompute_give_the_same(tmp_path):
+    run_ranks(_compiled, 4, str(tmp_path))
+
+
+def _mixed_precision(rank, world_size, folder):
+    for name, plan_mesh, dp, zero in [("sp", {"sp": 2}, 1, 3), ("tp", {"tp": 2}, 1, 1), ("sp", {"sp": 1}, 2, 0)]:
+        program = variant(f"{folder}/{rank}/{name}{zero}", name, ZERO=zero, MESH=plan_mesh)
+        mesh = build_mesh(program.MESH, dp, "cpu")
+        numbers = [[10 * unit, 10 * unit + 1] for unit in range(dp)]
+        (expected,), _ = reference_steps(name == "tp", [[mlp_lm.batch(i) for unit in numbers for i in unit]])
+        batches = [mlp_lm.batch(i) for i in numbers[mesh.get_local_rank("dp")]]
+        for compute_dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 3e-2)):
+            model = filled(program, mesh, mlp_lm.build(name == "tp").state_dict(), torch.float32, compute_dtype)
+            seen = []
+            model.layers[0].register_forward_hook(lambda module, args, out, seen=seen: seen.append(out.dtype))
+            part, _ = accumulate_gradients(model, program, mesh, batches, CPU)
+            loss, norm = reduce_loss_and_norm(model, program, mesh, part)
+            assert set(seen) == {compute_dtype}
+            close(loss, expected[0], "loss", tolerance)
+            close(norm, expected[1], "norm", tolerance)
+            for key, param in model.named_parameters():
+                assert param.dtype == param.grad.dtype == torch.float32
+                torch.testing.assert_close(param.grad.full_tensor(), expected[3][key].float(), rtol=tolerance, atol=tolerance)
+
+
+def test_gradients_are_sums_in_fp32_whatever_the_compute_dtype(tmp_path):
+    run_ranks(_mixed_precision, 2, str(tmp_path))
+
+
+def _resumed(rank, world_size, folder):
+    """Three steps, then the state copied into a fresh model and optimizer, then two steps of both."""
+    program = variant(f"{folder}/{rank}", "tp")
+    mesh = build_mesh(program.MESH, 2, "cpu")
+    unit = mesh.get_local_rank("dp")
+    steps, models, optimizers = [], [], []
+    for _ in range(2):
+        models.append(filled(program, mesh, mlp_lm.build(True).state_dict()))
+        optimizers.append(build_optimizer(models[-1], **SETTINGS))
+        steps.append(TrainStep(models[-1], program, mesh, optimizers[-1], CPU, None))
+    assert not [name for name in model_and_optimizer_tensors(models[0], optimizers[0]) if name.startswith("optimizer")]
+    for number in range(3):
+        steps[0]([mlp_lm.batch(10 * number + unit)])
+    saved = model_and_optimizer_tensors(models[0], optimizers[0])
+    empty = model_and_optimizer_tensors(models[1], optimizers[1], initialize=True)
+    names = {name for name, _ in models[0].named_parameters()}
+    kinds = ("model", "optimizer.step", "optimizer.exp_avg", "optimizer.exp_avg_sq")
+    assert saved.keys() == empty.keys() == {f"{kind}.{name}" for kind in kinds for name in names}
+    for name, tensor in saved.items():
+        assert (tensor.shape, tensor.dtype) == (empty[name].shape, empty[name].dtype), name
+        assert tensor.shape == () and tensor == 3 if name.startswith("optimizer.step") else isinstance(tensor, DTensor)
+        assert not name.startswith("optimizer") or not local_tensor(empty[name]).any()
+        with torch.no_grad():
+            local_tensor(empty[name]).copy_(local_tensor(tensor))
+    for number in range(3, 5):
+        first, second = (step([mlp_lm.batch(10 * number + unit)]) for step in steps)
+        assert torch.equal(first.loss, second.loss) and torch.equal(first.grad_norm, second.grad_norm)
+    for (name, one), two in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(one.full_tensor(), two.full_tensor()), name
+
+
+def test_state_filled_in_place_continues_the_same_run(tmp_path):
+    run_ranks(_resumed, 4, str(tmp_path))
+
+
+def _inputs(rank, world_size, folder):
+    inputs = {"input_ids": (None, ("sp", "tp")), "labels": ("tp", "sp"), "position_ids": (None, "sp")}
+    program = variant(f"{folder}/{rank}", "mixed", INPUTS=inputs)
+    program.SHAPES = {**program.SHAPES, "position_ids": (2, 8)}
+    mesh = build_mesh(program.MESH, 1, "cpu")
+    micro_batch = {"input_ids": torch.arange(16).view(2, 8), "labels": torch.arange(16).view(2, 8)}
+    found = {name: tensor.tolist() for name, tensor in local_inputs(program, mesh, micro_batch, CPU).items()}
+    messages = []
+    for wrong in ({"labels": micro_batch["labels"]}, {**micro_batch, "labels": torch.zeros(2, 9)}):
+        with pytest.raises(UserError) as error:
+            local_inputs(program, mesh, wrong, CPU)
+        messages.append(str(error.value))
+    return found, messages
+
+
+def test_each_rank_takes_its_part_of_the_inputs(tmp_path):
+    for rank, (found, messages) in enumerate(run_ranks(_inputs, 4, str(tmp_path))):
+        sp, tp = divmod(rank, 2)
+        assert found == {
+            "input_ids": [[2 * rank, 2 * rank + 1], [8 + 2 * rank, 9 + 2 * rank]],
+            "labels": [[8 * tp + 4 * sp + i for i in range(4)]],
+            "position_ids": [[4 * sp + i for i in range(4)]] * 2,
+        }
+        assert "takes input_ids of shape (2, 8) but the data lacks it" in messages[0]
+        assert "takes labels of shape (2, 8) but the data has (2, 9)" in messages[1]
+
+
+def _counted(rank, world_size):
+    mesh = build_mesh({"tp": 2}, 2, "cpu")
+    unit = mesh.get_local_rank("dp")
+    labels = torch.full((2, 4), -100)
+    labels[unit, : unit + 2] = 0
+    return count_tokens([{"labels": labels}, {"labels": torch.full((2, 4), -100)}], mesh, CPU).item()
+
+
+def test_tokens_that_count_are_summed_over_scale_units_only():
+    assert run_ranks(_counted, 4) == [5] * 4
+
+
+def _nothing_counts(rank, world_size, folder):
+    program = variant(f"{folder}/{rank}", "sp")
+    mesh = build_mesh(program.MESH, 1, "cpu")
+    model = filled(program, mesh, mlp_lm.build().state_dict())
+    batch = {**mlp_lm.batch(0), "labels": torch.full((2, 8), -100)}
+    result = TrainStep(model, program, mesh, build_optimizer(model, lr=0.1), CPU, 1.0)([batch])
+    return result.loss.item(), result.grad_norm.item(), result.tokens.item()
+
+
+def test_a_step_without_any_label_changes_nothing(tmp_path):
+    assert run_ranks(_nothing_counts, 2, str(tmp_path)) == [(0.0, 0.0, 0)] * 2
