@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,23 +145,27 @@ def merge_to_hf(reader: StepReader, output: Path, config: Mapping[str, Any], dty
     _staged(output, write)
 
 
+def _staging_name(output: Path) -> str:
+    return f"{output.name}-merge-"
+
+
 def _staged(output: Path, write: Callable[[Path], None]) -> None:
     """Let `write` make a file or folder under a staging name and give it its own name when it is whole and on disk."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folders.sweep_staging(output.parent, f"{output.name}-merge")
-    staging = folders.staging_path(output.parent, f"{output.name}-merge")
+    name = _staging_name(output)
+    folders.sweep_staging(output.parent, name)
+    staging = folders.staging_path(output.parent, name)
     try:
         write(staging)
         if output.is_dir():
-            old = folders.staging_path(output.parent, f"{output.name}-merge")
-            os.rename(output, old)
+            os.rename(output, folders.staging_path(output.parent, name))
         os.replace(staging, output)
         folders.sync_folder(output.parent)
-        folders.sweep_staging(output.parent, f"{output.name}-merge")
     except OSError as error:
-        raise UserError(f"writing {output} failed: {error.strerror or error}; nothing was left under that name") from error
+        raise UserError(
+            f"writing {output} failed ({error.strerror or error}): make room or choose another place, and merge again"
+        ) from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True) if staging.is_dir() else staging.unlink(missing_ok=True)
+        folders.sweep_staging(output.parent, name)
 
 
 def _model_names(manifest: Manifest) -> dict[str, str]:
@@ -187,8 +190,7 @@ def _choose_dtype(asked: str | None, config: Mapping[str, Any]) -> tuple[str, st
 
 
 def _check_space(output: Path, needed: int) -> None:
-    existing = next(path for path in (output.absolute().parent, *output.absolute().parents) if path.exists())
-    folders.require_space(existing, needed + _SLACK_BYTES, f"writing {output}")
+    folders.require_space(output.absolute().parent, needed + _SLACK_BYTES, f"writing {output}")
 
 
 def _require_writable_file(output: Path) -> None:
@@ -208,9 +210,14 @@ def _require_writable_folder(output: Path) -> None:
 
 
 def _require_writable_parent(output: Path, flag: str) -> None:
-    existing = next(path for path in output.absolute().parents if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"{flag} {output} cannot be written: {existing} is not a folder with write permission; choose another place")
+    """Make the output's parent folder and try to write in it, for permission bits do not tell everything."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        probe = folders.staging_path(output.parent, _staging_name(output))
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{flag} {output} cannot be written ({error.strerror or error}): choose a folder with write permission") from error
 
 
 def _is_own_hf_folder(folder: Path) -> bool:
