@@ -1,0 +1,189 @@
+"""The commands beside training: `python -m seqloom {compile, explain, dryrun, verify, check-op, checkpoint}`.
+
+Every command parses its flags, imports the room that does the work, calls it and prints. Nothing heavy is imported before.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from seqloom.errors import UserError
+from seqloom.trainer.config import CompileConfig, parse
+
+PROG = "python -m seqloom"
+Command = Callable[[Sequence[str], str], "int | None"]
+
+
+@dataclass(frozen=True)
+class ProgramArguments:
+    """Which compiled program."""
+
+    name: str = "default"
+    """Name given when it was compiled."""
+    output_folder: Path = Path(".seqloom")
+    """Where programs were written."""
+
+    @property
+    def folder(self) -> Path:
+        """The program's folder. Raises `UserError` where there is none."""
+        folder = self.output_folder / self.name
+        if not folder.is_dir():
+            raise UserError(f"there is no compiled program {folder}: compile one with `{PROG} compile --name {self.name} ...`")
+        return folder
+
+
+@dataclass(frozen=True)
+class DryRunArguments:
+    """Run the program of each rank on fake tensors at full size: shapes, peak memory, FLOPs; no GPU."""
+
+    program: tyro.conf.OmitArgPrefixes[ProgramArguments] = field(default_factory=ProgramArguments)
+    rank: int | None = None
+    """This rank only; all of one scale unit when not given."""
+
+
+@dataclass(frozen=True)
+class CheckOpArguments:
+    """Run an operator whole and in pieces, forward and backward, and show where its annotation lies."""
+
+    target: tyro.conf.Positional[str]
+    """Registered function, module:function."""
+    sizes: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=SIZE ...")] = ()
+    """Sizes of dimensions by name."""
+    seed: int = 0
+    """Seed of the random inputs."""
+
+
+@dataclass(frozen=True)
+class FolderArguments:
+    """Look at checkpoints."""
+
+    path: tyro.conf.Positional[Path] = Path("checkpoints")
+    """A step folder, a run folder, the folder of runs, or a merged file."""
+
+
+def main() -> int | None:
+    """Run the command named by the first argument. Raises `UserError` for an unknown one."""
+    return _dispatch(COMMANDS, sys.argv[1:], PROG, __doc__)
+
+
+def compile_command(args: Sequence[str], prog: str) -> None:
+    """Compile a model into a program."""
+    from seqloom.trainer.compile import compile_only
+
+    compile_only(parse(CompileConfig, prog, args))
+
+
+def explain_command(args: Sequence[str], prog: str) -> int:
+    """Show what a plan chose, what the runners-up would cost, and what binds."""
+    folder = parse(ProgramArguments, prog, args).folder
+    from seqloom.plan.explain import run
+
+    return run(folder)
+
+
+def dryrun_command(args: Sequence[str], prog: str) -> int:
+    """Run a program on fake tensors at full size, rank by rank."""
+    config = parse(DryRunArguments, prog, args)
+    folder = config.program.folder
+    from seqloom.runtime.dryrun import run
+
+    return run(folder, config.rank)
+
+
+def verify_command(args: Sequence[str], prog: str) -> int:
+    """Compare a plan, laid over a shrunken model, with the original model in fp64."""
+    folder = parse(ProgramArguments, prog, args).folder
+    from seqloom.runtime.verify import run
+
+    return run(folder)
+
+
+def check_op_command(args: Sequence[str], prog: str) -> int:
+    """Check the annotation of a registered operator."""
+    config = parse(CheckOpArguments, prog, args)
+    sizes = dict(_size(text) for text in config.sizes)
+    from seqloom.ops.check import check_op, format_report
+
+    report = check_op(config.target, sizes=sizes, seed=config.seed)
+    print(format_report(report))
+    return 0 if report.ok else 1
+
+
+def checkpoint_command(args: Sequence[str], prog: str) -> int | None:
+    """List, verify or show checkpoints."""
+    return _dispatch(CHECKPOINT_COMMANDS, args, prog, "Look at checkpoints.")
+
+
+def list_command(args: Sequence[str], prog: str) -> None:
+    """A line per checkpoint of a run, or of every run in a folder."""
+    path = parse(FolderArguments, prog, args).path
+    from seqloom.checkpoint.inspect import list_checkpoints
+
+    _print_lines(list_checkpoints(path))
+
+
+def verify_checkpoint_command(args: Sequence[str], prog: str) -> None:
+    """Check all sizes and digests of a checkpoint."""
+    path = parse(FolderArguments, prog, args).path
+    from seqloom.checkpoint.inspect import verify_checkpoint
+
+    print(verify_checkpoint(path))
+
+
+def show_command(args: Sequence[str], prog: str) -> None:
+    """Training state and tensors of a checkpoint."""
+    path = parse(FolderArguments, prog, args).path
+    from seqloom.checkpoint.inspect import show_checkpoint
+
+    _print_lines(show_checkpoint(path))
+
+
+COMMANDS: Mapping[str, Command] = {
+    "compile": compile_command,
+    "explain": explain_command,
+    "dryrun": dryrun_command,
+    "verify": verify_command,
+    "check-op": check_op_command,
+    "checkpoint": checkpoint_command,
+}
+CHECKPOINT_COMMANDS: Mapping[str, Command] = {
+    "list": list_command,
+    "verify": verify_checkpoint_command,
+    "show": show_command,
+}
+
+
+def _dispatch(commands: Mapping[str, Command], args: Sequence[str], prog: str, description: str) -> int | None:
+    """Call the command that the first argument names, with the rest; without one, or with --help, list them."""
+    if not args or args[0] in ("-h", "--help"):
+        width = max(map(len, commands))
+        print(f"{description.splitlines()[0]}\n\nusage: {prog} COMMAND [--help] ...\n")
+        for name, command in commands.items():
+            print(f"  {name:<{width}}  {command.__doc__}")
+        return 0 if args else 2
+    name = args[0].replace("_", "-")
+    if name not in commands:
+        close = difflib.get_close_matches(name, commands, n=1, cutoff=0.4)
+        nearest = f"did you mean `{prog} {close[0]}`?" if close else f"there are {', '.join(commands)}"
+        raise UserError(f"`{prog}` has no command {args[0]}: {nearest}")
+    return commands[name](args[1:], f"{prog} {name}")
+
+
+def _size(text: str) -> tuple[str, int]:
+    """`l=8` -> `("l", 8)`."""
+    name, equals, size = text.partition("=")
+    if not (name and equals and size.isdecimal()):
+        raise UserError(f"--sizes {text} is not NAME=SIZE: write for example --sizes l=8 d=16")
+    return name, int(size)
+
+
+def _print_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line)

@@ -1,0 +1,119 @@
+"""From a `TrainConfig` to everything a run works with: program, data, model, optimizer, each on its rank.
+
+Rank 0 alone looks at what all share (folders, the data's ids, the program, which it compiles where there is none) while the others
+wait; its mistake is everyone's. The model is then filled from weights or a seed; `seqloom.trainer.loop` resumes and steps.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import AdamW
+
+from seqloom.capture.architecture import resolve_config
+from seqloom.checkpoint import group
+from seqloom.data.loader import Loader, PackedDataset, open_dataset
+from seqloom.emit.request import CompileRequest
+from seqloom.errors import UserError
+from seqloom.runtime.materialize import materialize
+from seqloom.runtime.mesh import DP, build_mesh
+from seqloom.runtime.optimizer import build_optimizer
+from seqloom.runtime.program import Program, load_program
+from seqloom.runtime.step import TrainStep
+from seqloom.trainer.config import TrainConfig
+from seqloom.trainer.start import check_folders, choose_weights
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PLAN_FILE = "plan.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a run works with. `weights` is the folder they came from, None for random ones; `plan` is the program's plan.json."""
+
+    config: TrainConfig
+    program_folder: Path
+    program: Program
+    plan: dict[str, Any]
+    mesh: DeviceMesh
+    device: torch.device
+    hf_config: PretrainedConfig
+    weights: Path | None
+    dataset: PackedDataset
+    loader: Loader
+    model: nn.Module
+    optimizer: AdamW
+    train_step: TrainStep
+    total_steps: int
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of one optimizer step over all scale units."""
+        return self.loader.batch_size_global
+
+
+def build(config: TrainConfig, device: torch.device, say: Callable[[str], None]) -> Run:
+    """Build the run on every rank; `say` prints on rank 0. Raises `UserError` on all ranks for whatever of it is a user's mistake."""
+    if config.compile.dataset_path is None:
+        raise UserError("training needs data: give --dataset_path a folder made by bookcorpus.py")
+    request = config.compile.request()
+    hf_config = resolve_config(request.model_id)
+    weights = choose_weights(request.model_id, config.init)
+    dataset = open_dataset(config.compile.dataset_path)
+    prepared = group.attempt("preparing the run", lambda: _prepare(config, request, dataset, hf_config.vocab_size, say))
+    program_folder = Path(prepared[0])
+    program = load_program(program_folder)
+    mesh = build_mesh(program.MESH, request.dp, device.type)
+    compute = DTYPES[request.precision]
+    model = materialize(program, mesh, hf_config, weights=weights, seed=config.seed, device=device, compute_dtype=compute)
+    settings = config.optimizer
+    optimizer = build_optimizer(model, settings.lr, settings.betas, settings.weight_decay)
+    rows = request.dp * request.grad_accumulation_steps * request.micro_batch_size
+    return Run(
+        config=config,
+        program_folder=program_folder,
+        program=program,
+        plan=json.loads((program_folder / PLAN_FILE).read_text(encoding="utf-8")),
+        mesh=mesh,
+        device=device,
+        hf_config=hf_config,
+        weights=weights,
+        dataset=dataset,
+        loader=Loader(
+            dataset,
+            config.seed,
+            rows,
+            mesh.get_local_rank(DP),
+            request.dp,
+            request.micro_batch_size,
+            request.grad_accumulation_steps,
+        ),
+        model=model,
+        optimizer=optimizer,
+        train_step=TrainStep(model, program, mesh, optimizer, device, settings.max_grad_norm or None),
+        total_steps=config.total_steps(dataset.rows, rows),
+    )
+
+
+def _prepare(
+    config: TrainConfig, request: CompileRequest, dataset: PackedDataset, vocab_size: int, say: Callable[[str], None]
+) -> str | None:
+    """What rank 0 does for all: check folders and data, compile where there is no program. Returns the program's folder there."""
+    if dist.get_rank() != 0:
+        return None
+    from seqloom.emit.pipeline import ensure_program
+
+    check_folders(config)
+    dataset.check_vocab(vocab_size)
+    return str(ensure_program(request, say))

@@ -1,0 +1,21 @@
+"""Compiling without training: `train.py --run_mode compile` and `python -m seqloom compile`."""
+
+from __future__ import annotations
+
+import os
+
+from seqloom.errors import UserError
+from seqloom.trainer.config import CompileConfig
+from seqloom.trainer.summary import prediction_line
+
+
+def compile_only(config: CompileConfig) -> None:
+    """Write the program of a config and print what was planned. Raises `UserError`, also in a job of several ranks: one must do it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("compiling takes one plain process: use `python train.py --run_mode compile ...` without torchrun")
+    request = config.request()
+    from seqloom.emit.pipeline import compile_program
+
+    compiled = compile_program(request)
+    print(f"wrote {compiled.folder}")
+    print(f"predicted: {prediction_line(compiled.plan)}")

@@ -1,0 +1,174 @@
+"""Every setting of a run in one tree of frozen dataclasses: the flags of `train.py` and of `python -m seqloom compile`.
+
+In: the command line. Out: a `TrainConfig`, or its part `CompileConfig`, which becomes the compiler's `CompileRequest`. The docstrings of
+the fields are the text of `--help`; `-` and `_` are the same in flags. This module imports neither PyTorch nor transformers, so that
+`--help` answers at once. What needs the machine or files to judge is checked in `seqloom.trainer.start`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+import tyro
+
+from seqloom.data.metadata import read_metadata
+from seqloom.emit.request import DEFAULT_LOSS, CompileRequest
+from seqloom.errors import UserError
+from seqloom.trainer.schedule import ScheduleName
+
+LAST = "last"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class CompileConfig:
+    """What decides the emitted program."""
+
+    model_id: str
+    """The model: a local folder, a name in configs/models, or a hub id. Compiling reads only its config."""
+    dataset_path: Path | None = None
+    """Data set made by bookcorpus.py."""
+    seq_len: int | None = None
+    """Tokens of one sequence; the data set's when not given."""
+    plan_ngpus: int = 1
+    """Ranks of one scale unit: what the plan splits the model over."""
+    runtime_ngpus: int = 1
+    """All ranks, a multiple of plan_ngpus: scale units share the batch."""
+    name: str = "default"
+    """Name of the program and of the run."""
+    micro_batch_size: int = 1
+    """Sequences of one micro-batch of one scale unit."""
+    grad_accumulation_steps: int = 4
+    """Micro-batches of one step."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Type of the computation; masters, reductions and optimizer are fp32."""
+    hardware: str = "h100-80gb"
+    """The machine planned for: a name in configs/hardware, or a file."""
+    memory_gib: Annotated[float | None, tyro.conf.arg(aliases=["--gpu_mem_constraint"])] = None
+    """Memory of one device in GiB, in place of the hardware's."""
+    force: str | None = None
+    """Constrain the search, e.g. dp2, sp2, tp2, tp_sp2, tp_plain2, or several: sp2,tp2."""
+    zero: Literal[0, 1, 3] | None = None
+    """ZeRO level; the planner chooses when not given."""
+    recompute: Literal["auto", "none", "all"] = "auto"
+    """Recompute segments: as the planner chooses, never, always."""
+    loss: str = DEFAULT_LOSS
+    """Registered operator of the loss head, module:function."""
+    loss_chunk: int = 1024
+    """Tokens of one chunk of the loss head."""
+    output_folder: Path = Path(".seqloom")
+    """Where programs are written, each in a folder of its name."""
+
+    def request(self) -> CompileRequest:
+        """The compilation asked for. Raises `UserError` where the sequence length is unknown or contradicts the data set."""
+        given = {name: getattr(self, name) for name in (f.name for f in fields(CompileRequest)) if name != "seq_len"}
+        return CompileRequest(seq_len=self._sequence_length(), **given)
+
+    def _sequence_length(self) -> int:
+        if self.dataset_path is None and self.seq_len is None:
+            raise UserError("compiling needs the sequence length: give --dataset_path, or --seq_len to compile without a data set")
+        if self.dataset_path is None:
+            return self.seq_len
+        rows = read_metadata(self.dataset_path.expanduser()).sequence_length
+        if self.seq_len not in (None, rows):
+            raise UserError(
+                f"the rows of {self.dataset_path} have {rows} tokens, but --seq_len is {self.seq_len}: "
+                f"leave --seq_len out, or pack the text again with --sequence_length {self.seq_len}"
+            )
+        return rows
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its learning rate."""
+
+    lr: float = 2e-5
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of the two moments."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices; norms and biases do not decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0 leaves them as they are."""
+    lr_schedule: ScheduleName = "constant"
+    """What follows the warm-up: a constant rate, or a fall to zero at the last step."""
+    warmup_steps: int = 0
+    """Steps in which the rate rises linearly to its peak."""
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise UserError(f"--lr is {self.lr}: the learning rate must be positive")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"--betas are {self.betas[0]} {self.betas[1]}: both must be at least 0 and below 1")
+        for name in ("weight_decay", "max_grad_norm", "warmup_steps"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"--{name} is {getattr(self, name)}: it cannot be negative")
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """Where a run's files go, and from where it continues."""
+
+    checkpoint_dir: Path = Path("checkpoints")
+    """Checkpoints go to a folder of the run's name in it."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; one is always saved at the end."""
+    resume_path: str | None = None
+    """Continue from here: `last` (this run's newest good checkpoint), a step folder, a run folder, or a merged file."""
+    log_dir: Path = Path("runs")
+    """Logs go to a folder of the run's name in it: log.jsonl, TensorBoard, loss.png."""
+
+    def __post_init__(self) -> None:
+        if self.checkpoint_every < 1:
+            raise UserError(f"--checkpoint_every is {self.checkpoint_every}: give the number of steps between checkpoints, at least 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Compile a model into a program for several ranks, and train it."""
+
+    compile: tyro.conf.OmitArgPrefixes[CompileConfig]
+    run_mode: Literal["compile", "run"] = "run"
+    """`compile` writes the program and ends; `run` compiles first when there is no program, then trains."""
+    num_epochs: int = 2
+    """Times that every row is used."""
+    max_train_steps: int | None = None
+    """Steps in all, in place of num_epochs."""
+    init: Literal["random", "weights"] | None = None
+    """Where the weights come from; those of the model where it has some, random where it has none."""
+    seed: int = 0
+    """Seed of random weights and of the order of the data."""
+    deterministic: bool = False
+    """Use deterministic algorithms only, also where they are slower."""
+    optimizer: tyro.conf.OmitArgPrefixes[OptimizerConfig] = field(default_factory=OptimizerConfig)
+    output: tyro.conf.OmitArgPrefixes[OutputConfig] = field(default_factory=OutputConfig)
+
+    def __post_init__(self) -> None:
+        if self.num_epochs < 1:
+            raise UserError(f"--num_epochs is {self.num_epochs}: it must be at least 1")
+        if self.max_train_steps is not None and self.max_train_steps < 1:
+            raise UserError(f"--max_train_steps is {self.max_train_steps}: it must be at least 1")
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the checkpoints of this run are."""
+        return self.output.checkpoint_dir / self.compile.name
+
+    @property
+    def log_folder(self) -> Path:
+        """Where the logs of this run are."""
+        return self.output.log_dir / self.compile.name
+
+    def total_steps(self, rows: int, rows_per_step: int) -> int:
+        """Steps in all: `max_train_steps`, or as many as the epochs of a data set of `rows` rows fill, at least one."""
+        return self.max_train_steps or max(1, self.num_epochs * rows // rows_per_step)
+
+
+def parse(cls: type[T], prog: str, args: Sequence[str] | None = None) -> T:
+    """Read a config from the command line (or `args`); help and mistakes end the process, told by the first rank of each machine only."""
+    spoken = os.environ.get("LOCAL_RANK", "0") == "0"
+    return tyro.cli(cls, prog=prog, args=args, use_underscores=True, console_outputs=spoken)

@@ -1,0 +1,55 @@
+"""The last word of a run: the loss of fixed rows under the trained program, for others to compare with.
+
+`final.json` holds the mean loss per token of the data's first rows and the loss of a few single tokens. A merged checkpoint loaded in
+transformers must give the same numbers (examples/check_merged.py): a token's loss is its negative log probability, so it pins logits.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from seqloom.runtime.step import IGNORED, count_tokens, local_inputs, reduce_loss_and_norm
+from seqloom.trainer.build import Run
+
+FINAL_FILE = "final.json"
+NUM_TOKENS = 4
+
+
+def write_final(run: Run, step: int) -> dict[str, Any]:
+    """Evaluate and, on rank 0, write `final.json`; returns what is in it. Collective."""
+    rows = np.arange(run.config.compile.micro_batch_size) % run.dataset.rows
+    input_ids, labels = (torch.from_numpy(array.astype(np.int64)) for array in run.dataset.read(rows))
+    counted = (labels[0] != IGNORED).nonzero().flatten()
+    places = counted[torch.linspace(0, len(counted) - 1, NUM_TOKENS).long()].unique().tolist()
+    final = {
+        "step": step,
+        "rows": rows.tolist(),
+        "loss": evaluate(run, input_ids, labels),
+        "token_losses": {str(place): evaluate(run, input_ids, _only(labels, place)) for place in places},
+    }
+    if dist.get_rank() == 0:
+        (run.config.log_folder / FINAL_FILE).write_text(json.dumps(final, indent=2) + "\n", encoding="utf-8")
+    return final
+
+
+@torch.no_grad()
+def evaluate(run: Run, input_ids: Tensor, labels: Tensor) -> float:
+    """Mean loss per counted token of one micro-batch `[b, l]`, which every scale unit runs. Collective."""
+    micro_batch = {"input_ids": input_ids, "labels": labels}
+    inputs = local_inputs(run.program, run.mesh, micro_batch, run.device)
+    tokens = count_tokens([micro_batch], run.mesh, run.device).clamp(min=1)  # of all scale units, as the sum of their losses is
+    loss, _ = reduce_loss_and_norm(run.model, run.program, run.mesh, run.model(**inputs) / tokens)
+    return loss.item()
+
+
+def _only(labels: Tensor, place: int) -> Tensor:
+    """Labels `[b, l]` of which a single one counts, in the first row."""
+    one = torch.full_like(labels, IGNORED)
+    one[0, place] = labels[0, place]
+    return one

@@ -1,0 +1,60 @@
+"""What a run prints before its first step: what it derived from the flags, the plan in one line, and where files go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from seqloom.trainer.build import Run
+
+
+def summary(run: Run, done: int) -> str:
+    """A short table; `done` steps were made before."""
+    compile_config, loader = run.config.compile, run.loader
+    parameters = sum(param.numel() for param in run.model.parameters())
+    origin = f"weights of {run.weights}" if run.weights else f"random weights, seed {run.config.seed}"
+    left = run.total_steps - done
+    epochs = run.total_steps * run.rows_per_step / run.dataset.rows
+    rows = [
+        ("model", f"{compile_config.model_id}: {parameters:,} parameters, {origin}"),
+        ("data", f"{run.dataset.path}: {run.dataset.rows:,} rows of {run.dataset.seq_len:,} tokens"),
+        (
+            "step",
+            f"{plural(loader.dp_size, 'scale unit')} x {plural(loader.accumulation, 'micro-batch', 'micro-batches')} x "
+            f"{plural(loader.micro_batch_size, 'row')} = {run.rows_per_step * run.dataset.seq_len:,} tokens",
+        ),
+        ("run", f"{plural(left, 'step')}{f' after {done}' if done else ''}, {epochs:.2f} epochs in all; {compile_config.precision}"),
+        ("ranks", f"{run.mesh.size()} on {run.device.type}"),
+        ("plan", plan_line(run)),
+        ("predicted", prediction_line(run.plan)),
+        ("files", f"{run.program_folder}, {run.config.run_folder}, {run.config.log_folder}"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def plan_line(run: Run) -> str:
+    """Mesh, storage and recomputation."""
+    axes = " x ".join(f"{name} {size}" for name, size in (("dp", run.loader.dp_size), *run.program.MESH.items()) if size > 1)
+    return f"{axes or 'one rank'}, ZeRO {run.program.ZERO}, recompute {_recomputed(run.plan)}"
+
+
+def prediction_line(plan: dict[str, Any]) -> str:
+    """Step time and memory of a rank, and the hardware they hold for."""
+    memory = f"{plan['peak_memory_gib']['total']:.3g} of {plan['memory_limit_gib']:.3g} GiB a rank"
+    return f"{plan['step_time_s']:.3g} s a step, {memory}, on {plan['hardware']}"
+
+
+def measured_mfu(plan: dict[str, Any], step_time_s: float) -> float:
+    """Causal MFU of a measured step: the plan's, scaled by predicted over measured time, as the FLOPs are the same."""
+    return plan["mfu_causal"] * plan["step_time_s"] / step_time_s
+
+
+def plural(count: int, one: str, many: str | None = None) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+def _recomputed(plan: dict[str, Any]) -> str:
+    """The segments that are recomputed, each once whatever the number of blocks."""
+    names = {name: None for block in plan["segments"].values() for name, counts in block.items() if counts["recompute"]}
+    return ", ".join(names) or "nothing"
