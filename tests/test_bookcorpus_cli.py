@@ -81,7 +81,7 @@ def test_changed_text_is_noticed(monkeypatch, text, tmp_path, capsys):
     assert call(monkeypatch, *base) == 0
     text.write_text(text.read_text() + '{"text": "one more"}\n')
     assert call(monkeypatch, *base) == 2
-    assert "digest" in capsys.readouterr().err
+    assert "holds other documents or rules now" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ def test_same_input_same_rows(corpus, tokenizer, tmp_path):
 def test_made_again_with_the_same_settings_is_left_alone(corpus, tokenizer, tmp_path):
     first, _ = save(corpus, tokenizer, tmp_path / "set")
     before = os.stat(tmp_path / "set" / "seqloom.json").st_mtime_ns
-    second, made = save(corpus, tokenizer, tmp_path / "set")
+    second, made = save(corpus, tokenizer, tmp_path / "set", corpus_name="the same words by another name")
     assert (second, made) == (first, False)
     assert os.stat(tmp_path / "set" / "seqloom.json").st_mtime_ns == before
 
@@ -153,9 +153,11 @@ def test_other_settings_are_refused_and_overwrite_replaces(corpus, tokenizer, tm
     save(corpus, tokenizer, tmp_path / "set")
     with pytest.raises(UserError, match="sequence_length is 16 there, not 32.*--overwrite"):
         save(corpus, tokenizer, tmp_path / "set", 32)
-    with pytest.raises(UserError, match="corpus_digest"):
+    with pytest.raises(UserError, match="corpus words holds other documents or rules now"):
         save(corpus.select(range(50)), tokenizer, tmp_path / "set")
-    with pytest.raises(UserError, match="tokenizer_digest"):
+    with pytest.raises(UserError, match="tokenizer is train:300 there, not train:280"):
+        save(corpus, train_tokenizer(corpus, 280), tmp_path / "set", tokenizer_name="train:280")
+    with pytest.raises(UserError, match="tokenizer train:300 holds other documents or rules now"):
         save(corpus, train_tokenizer(corpus, 280), tmp_path / "set")
     assert read_metadata(tmp_path / "set").sequence_length == 16
     save(corpus, tokenizer, tmp_path / "set", 32, overwrite=True)

@@ -33,11 +33,15 @@ class Metadata:
     version: int = FORMAT_VERSION
 
     def difference(self, other: Metadata) -> str | None:
-        """The first setting in which another data set was made differently, in words, or None."""
-        for name in ("version", "sequence_length", "tokenizer", "tokenizer_digest", "corpus_digest"):
+        """The first setting in which another data set was made differently, in words, or None. Names of the same contents may differ."""
+        for name, label in (("sequence_length", None), ("corpus_digest", "corpus"), ("tokenizer_digest", "tokenizer")):
             mine, its = getattr(self, name), getattr(other, name)
-            if mine != its:
-                return f"{name} is {_short(mine)} there, not {_short(its)}"
+            if mine == its:
+                continue
+            if label is None:
+                return f"{name} is {mine} there, not {its}"
+            called, now_called = getattr(self, label), getattr(other, label)
+            return f"{label} is {called} there, not {now_called}" if called != now_called else f"{label} {called} holds other documents or rules now"
         return None
 
 
@@ -62,7 +66,3 @@ def read_metadata(folder: Path) -> Metadata:
     if metadata.version != FORMAT_VERSION:
         raise UserError(f"{folder} has format {metadata.version}, this version reads {FORMAT_VERSION}: make it again with bookcorpus.py")
     return metadata
-
-
-def _short(value: object) -> str:
-    return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else str(value)

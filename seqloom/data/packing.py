@@ -11,6 +11,7 @@ tokens whose labels are -100, which do not count. Nothing larger than a batch of
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -161,8 +162,6 @@ def _already_there(target: Path, wanted: Metadata, overwrite: bool) -> Metadata 
 
 def _write_rows(tokenized: Dataset, folder: Path, wanted: Metadata, eos: int) -> Metadata:
     """Write the packed rows of a tokenized corpus as a dataset into `folder`, its scratch files removed; returns the counts too."""
-    import dataclasses
-
     from datasets import Dataset
 
     counts = {"tokens": 0, "documents": 0, "rows": 0}
