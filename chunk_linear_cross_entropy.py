@@ -35,7 +35,9 @@ def _workspace(sizes: Mapping[str, Any]) -> int:
     return 10 * rows * sizes["n"] + 6 * sizes["n"] * sizes["d"]
 
 
-@register_op("b l d^, n^ d^, b l -> b l", dtype=_loss_dtype, flops=_flops, saved=("hidden_states", "weight", "labels"), workspace=_workspace)
+@register_op(
+    "b l d^, n^ d^, b l -> b l", dtype=_loss_dtype, flops=_flops, saved=("hidden_states", "weight", "labels"), workspace=_workspace
+)
 def chunk_linear_cross_entropy(hidden_states: Tensor, weight: Tensor, labels: Tensor, padding_idx: int, chunk_size: int = 1024) -> Tensor:
     """Per-token cross entropy of `hidden_states @ weight.T`.
 

@@ -48,19 +48,24 @@ def attention(
 
     query `[b, k * g, l, e]`, key and value `[b, k, m, e]` -> `[b, k * g, l, e]`; query head i reads key/value head i // g. Position i
     sees position j when j <= i (`causal`) and j > i - `window`; `softcap` c replaces a score s by c * tanh(s / c). Raises `UserError`
-    for a causal mask over l != m positions, a window without a causal mask, and heads that do not group.
+    for a causal mask over l != m positions, a window without a causal mask, a window or cap that is not positive, and heads that do not
+    group.
     """
-    _check(query, key, causal, window)
+    _check(query, key, causal, window, softcap)
     if softcap is None and (window is None or window >= key.shape[2]):
         return _fused(query, key, value, scale, causal)
     return _ChunkedAttention.apply(query, key, value, scale, causal, window, softcap)
 
 
-def _check(query: Tensor, key: Tensor, causal: bool, window: int | None) -> None:
+def _check(query: Tensor, key: Tensor, causal: bool, window: int | None, softcap: float | None) -> None:
     if query.shape[1] % key.shape[1]:
         raise UserError(f"attention: {query.shape[1]} query heads cannot share {key.shape[1]} key/value heads evenly: use a multiple")
     if causal and query.shape[2] != key.shape[2]:
         raise UserError(f"attention: {query.shape[2]} queries and {key.shape[2]} keys cannot have a causal mask: pass causal=False")
+    if window is not None and window < 1:
+        raise UserError(f"attention: window={window} shows no key to a query: pass 1 or more, or None for all keys")
+    if softcap is not None and softcap <= 0:
+        raise UserError(f"attention: softcap={softcap} is not possible: pass a positive number, or None for no cap")
     if window is not None and not causal:
         raise UserError(f"attention: a sliding window ({window}) needs a causal mask: pass causal=True")
 

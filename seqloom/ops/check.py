@@ -44,7 +44,7 @@ def check_op(
     entry = resolve(target)
     sizes, args, dtypes = dict(sizes or {}), dict(args or {}), dict(dtypes or {})
     _check_names(entry, sizes, args, dtypes)
-    reports = [_check_once(entry, chosen, args, dtypes, seed) for chosen in _size_choices(entry.annotation, sizes, args)]
+    reports = [_check_once(entry, chosen, args, dtypes, seed) for chosen in _size_choices(entry, {**entry.sizes_from(args), **sizes})]
     splits: dict[str, SplitReport] = {}
     for split in (split for report in reports for split in report.splits):
         if split.name not in splits or split.problems:
@@ -117,9 +117,9 @@ def _names(annotation: Annotation) -> list[str]:
     return [part for name, _ in annotation.marks for part in (("*0", "*1") if name == "*" else (name,))]
 
 
-def _size_choices(annotation: Annotation, sizes: Mapping[str, int], args: Mapping[str, Any]) -> Iterator[dict[str, int]]:
+def _size_choices(entry: RegisteredOp, given: Mapping[str, int]) -> Iterator[dict[str, int]]:
     """Even, distinct sizes; then, for each name that leads a group, the same with that name 1."""
-    given = {**{name: args[name] for name, _ in annotation.marks if isinstance(args.get(name), int)}, **sizes}
+    annotation = entry.annotation
     plain = {name: given.get(name, 4 + 2 * i) for i, name in enumerate(_names(annotation))}
     yield plain
     groups = [dim for dims in (*annotation.inputs, *annotation.outputs) for dim in dims or () if len(dim) > 1]
