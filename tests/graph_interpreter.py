@@ -36,10 +36,17 @@ def _call(node: Node, env: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         function: Any = resolve(node.op).function
     else:
         function = reduce(getattr, node.op.split("."), torch.ops)
-    args = map_refs(node.args, lambda ref: env[ref.name])
+    args = map_refs(_on_cpu(node.args), lambda ref: env[ref.name])
     kwargs = {key: map_refs(value, lambda ref: env[ref.name]) for key, value in node.kwargs}
     result = function(*args, **kwargs)
     return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def _on_cpu(tree: Any) -> Any:
+    """A raw trace still names the meta device in the arguments of its casts."""
+    if isinstance(tree, tuple):
+        return tuple(_on_cpu(item) for item in tree)
+    return torch.device("cpu") if isinstance(tree, torch.device) else tree
 
 
 def _call_block(graph: Graph, node: Node, env: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> tuple[Tensor, ...]:

@@ -141,6 +141,13 @@ def _slice(node: Node, scope: _Scope) -> Rewrite:
     return [_node(node, node.op, args)]
 
 
+def _cat(node: Node, scope: _Scope) -> Rewrite:
+    """Parts without elements go (the part of a head that a partial rotary embedding leaves alone, where it rotates all)."""
+    parts, *dim = node.args
+    full = tuple(part for part in parts if scope.values[part.name].numel) or parts
+    return full[0] if len(full) == 1 else [_node(node, node.op, (full, *dim))]
+
+
 def _dropout(node: Node, scope: _Scope) -> Rewrite:
     """Off where p = 0 or in evaluation; `hf.refuse_dropout` has a word for the others."""
     x, probability, train = node.args
@@ -196,6 +203,7 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as"), _reshape),
     **dict.fromkeys(("expand", "expand_as"), _expand),
     "slice": _slice,
+    "cat": _cat,
     "dropout": _dropout,
     "detach": _detach,
     **dict.fromkeys(("mul", "div"), _times),

@@ -20,6 +20,8 @@ from seqloom.graph import Graph, Node, Ref, Value, map_refs, refs
 from seqloom.ops import registry
 
 DETACH = "aten.detach.default"
+# The trace runs on meta; where a tensor lives, and how, is chosen when the program runs.
+_DEVICE_WORDS = frozenset(("device", "layout", "pin_memory", "memory_format", "non_blocking"))
 
 
 class _Logits(nn.Module):
@@ -121,6 +123,7 @@ class _Builder:
         if not results:
             return None
         op, args, kwargs = _decode(node)
+        kwargs = {key: value for key, value in kwargs.items() if key not in _DEVICE_WORDS}
         path, cls = _module(node)
         several = isinstance(node.meta["val"], (tuple, list))
         args, kwargs = _lookup(args, env), tuple((key, _lookup(value, env)) for key, value in kwargs.items())
