@@ -5,6 +5,7 @@ from pathlib import Path
 import mlp_lm
 import pytest
 import torch
+import torch.distributed as dist
 from procs import run_ranks
 from torch.distributed.tensor import DTensor
 
@@ -22,9 +23,9 @@ SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1, "eps": 1e-8}
 CLIP = 0.5
 
 
-def variant(folder, name, **changes):
-    """A program of its own folder with some of its constants changed."""
-    lines = (PROGRAMS / name / "program.py").read_text().split("\n")
+def variant(folder, name, edit=str, **changes):
+    """A program in a folder of its own with some of its text edited, some of its constants changed."""
+    lines = edit((PROGRAMS / name / "program.py").read_text()).split("\n")
     for constant, value in changes.items():
         lines = [f"{constant} = {value!r}" if line.startswith(f"{constant} = ") else line for line in lines]
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -71,11 +72,11 @@ def close(got, wanted, what, tolerance=1e-10):
     torch.testing.assert_close(got, wanted.to(got.dtype), rtol=tolerance, atol=tolerance, msg=lambda text: f"{what}: {text}")
 
 
-def _parity(rank, world_size, folder, name, plan_mesh, dp, zeros, micro_counts, steps=5):
+def _parity(rank, world_size, folder, name, plan_mesh, dp, zeros, micro_counts, steps=5, edit=str):
     tied = name == "tp"
     for zero in zeros:
         for micro in micro_counts:
-            program = variant(f"{folder}/{rank}/{zero}", name, ZERO=zero, MESH=plan_mesh)
+            program = variant(f"{folder}/{rank}/{zero}", name, edit, ZERO=zero, MESH=plan_mesh)
             mesh = build_mesh(program.MESH, dp, "cpu")
             unit = mesh.get_local_rank("dp")
             numbers = [[[step * 100 + unit_ * 10 + m for m in range(micro)] for unit_ in range(dp)] for step in range(steps)]
@@ -128,6 +129,57 @@ def test_equals_the_plain_model(tmp_path, name, plan_mesh, dp):
     for size in plan_mesh.values():
         world_size *= size
     run_ranks(_parity, world_size, str(tmp_path), name, plan_mesh, dp, (0, 1, 3), (1, 2))
+
+
+def every_parameter_on_both_axes(text):
+    """The program `mixed` with `sp` in PLACEMENTS in place of SUM_GRADS: DTensors on two axes, whose parts `local` names."""
+    text = text.replace("import Shard", "import Replicate, Shard").replace("weight)", 'weight, partial_grad=("sp",))')
+    text = text.replace("up.bias)", 'up.bias, partial_grad=("sp",))').replace('{"tp": Shard', '{"sp": Replicate(), "tp": Shard')
+    whole = [f'    "{name}.weight": {{"sp": Replicate()}},\n' for name in ("embed", "norm", "head", "layers.*.norm")]
+    return text.replace("PLACEMENTS = {\n", "PLACEMENTS = {\n" + "".join(whole)).replace('SUM_GRADS = ("sp",)', "SUM_GRADS = ()")
+
+
+@pytest.mark.parametrize(("plan_mesh", "dp"), [({"sp": 2, "tp": 2}, 1), ({"sp": 2, "tp": 1}, 2)], ids=str)
+def test_parameters_on_two_axes(tmp_path, plan_mesh, dp):
+    run_ranks(_parity, 4, str(tmp_path), "mixed", plan_mesh, dp, (0, 1, 3), (2,), 2, every_parameter_on_both_axes)
+
+
+def _wrong(rank, world_size, folder):
+    """Forgetting that a gradient is in parts must show: the comparison is no tautology."""
+    program = variant(f"{folder}/{rank}", "tp", edit=lambda text: text.replace(', partial_grad=("tp",)', ""))
+    mesh = build_mesh(program.MESH, 1, "cpu")
+    (expected,), _ = reference_steps(True, [[mlp_lm.batch(0)]])
+    model = filled(program, mesh, mlp_lm.build(True).state_dict())
+    accumulate_gradients(model, program, mesh, [mlp_lm.batch(0)], CPU)
+    return [name for name, p in model.named_parameters() if not torch.allclose(p.grad.full_tensor(), expected[3][name])]
+
+
+def test_a_wrong_program_is_seen(tmp_path):
+    wrong = run_ranks(_wrong, 2, str(tmp_path))[0]
+    assert set(wrong) == {"embed.weight", "norm.weight", "layers.0.norm.weight", "layers.1.norm.weight"}
+
+
+def _dry(rank, world_size, folder):
+    """Rank 5 of 8 that do not exist, on fake tensors. The mesh and the storage are made before: they need real ranks' numbers."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.destroy_process_group()
+    dist.init_process_group("fake", store=FakeStore(), rank=5, world_size=8)
+    for name, plan_mesh in (("mixed", {"sp": 2, "tp": 2}), ("tp", {"tp": 4}), ("sp", {"sp": 4})):
+        for zero in (0, 1, 3):
+            program = variant(f"{folder}/{name}{zero}", name, ZERO=zero, MESH=plan_mesh)
+            mesh = build_mesh(program.MESH, 2, "cpu")
+            model = storage(program, mesh, torch.float32, torch.bfloat16)
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                model.to_empty(device="cpu")
+                batch = {key: torch.empty(shape, dtype=torch.int64) for key, shape in program.SHAPES.items()}
+                result = TrainStep(model, program, mesh, build_optimizer(model, **SETTINGS), CPU, CLIP)([batch, batch])
+                assert result.loss.shape == result.grad_norm.shape == result.tokens.shape == ()
+
+
+def test_a_rank_runs_dry_on_fake_tensors(tmp_path):
+    run_ranks(_dry, 1, str(tmp_path))
 
 
 def _compiled(rank, world_size, folder):

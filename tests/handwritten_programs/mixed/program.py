@@ -41,7 +41,7 @@ class Layer(nn.Module):
         h = sum_grad(F.rms_norm(x, (6,), local(self.norm.weight), 1e-6), self.tp)
         y = F.gelu(F.linear(h, local(self.up.weight), local(self.up.bias)))  # [b, l@sp, f@tp]
         y = all_to_all(y, 2, 1, self.sp)  # [b, l, f@(tp, sp)]
-        y = y.cumsum(1) / torch.arange(1, y.size(1) + 1, dtype=y.dtype)[:, None]
+        y = y.cumsum(1) / torch.arange(1, y.size(1) + 1, dtype=y.dtype, device=y.device)[:, None]
         y = all_to_all(y, 1, 2, self.sp)
         return all_reduce(F.linear(y, local(self.down.weight)), self.tp)
 

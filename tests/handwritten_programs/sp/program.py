@@ -29,7 +29,7 @@ class Layer(nn.Module):
         h = F.rms_norm(x, (6,), local(self.norm.weight), 1e-6)
         y = F.gelu(F.linear(h, local(self.up.weight), local(self.up.bias)))
         y = all_to_all(y, 2, 1, self.sp)  # [b, l, f@sp]
-        y = y.cumsum(1) / torch.arange(1, y.size(1) + 1, dtype=y.dtype)[:, None]
+        y = y.cumsum(1) / torch.arange(1, y.size(1) + 1, dtype=y.dtype, device=y.device)[:, None]
         y = all_to_all(y, 1, 2, self.sp)  # [b, l@sp, f]
         return x + F.linear(y, local(self.down.weight))
 

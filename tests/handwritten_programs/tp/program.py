@@ -41,7 +41,7 @@ class Layer(nn.Module):
         h = F.rms_norm(x, (6,), local(self.norm.weight, partial_grad=("tp",)), 1e-6)  # [b, l@tp, d]
         h = all_gather(h, 1, self.tp, partial_grad=True)  # [b, l, d]
         y = F.gelu(F.linear(h, local(self.up.weight), local(self.up.bias)))  # [b, l, f@tp]
-        y = y.cumsum(1) / torch.arange(1, y.size(1) + 1, dtype=y.dtype)[:, None]
+        y = y.cumsum(1) / torch.arange(1, y.size(1) + 1, dtype=y.dtype, device=y.device)[:, None]
         return x + reduce_scatter(F.linear(y, local(self.down.weight)), 1, self.tp)  # [b, l@tp, d]
 
 
