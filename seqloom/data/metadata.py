@@ -41,7 +41,9 @@ class Metadata:
             if label is None:
                 return f"{name} is {mine} there, not {its}"
             called, now_called = getattr(self, label), getattr(other, label)
-            return f"{label} is {called} there, not {now_called}" if called != now_called else f"{label} {called} holds other documents or rules now"
+            if called != now_called:
+                return f"{label} is {called} there, not {now_called}"
+            return f"{label} {called} holds other documents or rules now"
         return None
 
 
