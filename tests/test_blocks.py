@@ -11,7 +11,7 @@ from graph_interpreter import run_graph
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seqloom.capture.blocks import find_blocks, relative_path
+from seqloom.capture.blocks import _block_names, find_blocks, relative_path
 from seqloom.capture.names import rename
 from seqloom.graph import Graph, GraphError, Node, Ref, Value, verify
 
@@ -231,6 +231,19 @@ def test_unused_parameters_go_with_their_layer():
 def test_requires_grad_of_inputs_is_part_of_the_structure():
     graph = find_blocks(stack(["plain"]).replace(), CLASSES)
     assert graph.blocks["Layer"].values[graph.blocks["Layer"].inputs[0]].requires_grad
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (["A", "B"], ["A", "B"]),
+        (["A", "B", "A"], ["A1", "B", "A2"]),
+        (["A1", "A", "A"], ["A1", "A1_", "A2"]),
+        ([], []),
+    ],
+)
+def test_block_names_are_unique(found, expected):
+    assert _block_names(found) == expected
 
 
 @pytest.mark.parametrize(

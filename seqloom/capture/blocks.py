@@ -135,7 +135,13 @@ def _input_order(body: Graph, group: Sequence[_Piece], previous: Mapping[str, _P
 
 def _block_names(classes: Sequence[str]) -> list[str]:
     """One name per distinct block: its class, numbered from 1 where a class has several (alternating kinds of layers)."""
-    return [cls if classes.count(cls) == 1 else f"{cls}{classes[: i + 1].count(cls)}" for i, cls in enumerate(classes)]
+    names: list[str] = []
+    for i, cls in enumerate(classes):
+        name = cls if classes.count(cls) == 1 else f"{cls}{classes[: i + 1].count(cls)}"
+        while name in names or (name != cls and name in classes):
+            name += "_"
+        names.append(name)
+    return names
 
 
 def _replace_pieces(graph: Graph, pieces: Sequence[_Piece], calls: Mapping[str, Node], blocks: Mapping[str, Graph]) -> Graph:

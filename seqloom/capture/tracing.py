@@ -51,7 +51,7 @@ def trace(model: nn.Module, batch_size: int, seq_len: int) -> Graph:
         raise
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"torch.export cannot trace {name}: {reason}; the forward must not depend on the values of tensors.") from error
+        raise UserError(f"torch.export cannot trace {name} ({reason}): give it a forward that torch.export accepts.") from error
     return _to_graph(program, model)
 
 
