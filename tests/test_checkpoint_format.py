@@ -7,11 +7,13 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
+import safetensors
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -276,6 +278,20 @@ def test_manifest_says_what_is_there(tmp_path):
     assert document["tensors"]["optimizer.step.norm.weight"]["shape"] == []
     manifest = Manifest.read(folder)
     assert Manifest.from_bytes(manifest.to_bytes()) == manifest
+
+
+def test_the_documentation_suffices_to_read_one(tmp_path, monkeypatch):
+    """The Python of docs/checkpoints.md runs as printed."""
+    weight = torch.randn(6, 4)
+    save_checkpoint(tmp_path, 1000, {"model.lm_head.weight": weight}, {"step": 1000})
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs" / "checkpoints.md").read_text()
+    names = {"hashlib": hashlib, "json": json, "torch": torch, "safetensors": safetensors}
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, names)
+    assert torch.equal(names["result"], weight)
 
 
 def test_large_state_is_split_into_several_files(tmp_path, monkeypatch):

@@ -32,12 +32,11 @@ PLANS = {
     "tp2": (2, (1, 2), ("dp", "tp")),
     "fsdp2_tp2": (4, (2, 2), ("dp", "tp")),
     "fsdp3": (3, (3, 1), ("dp", "tp")),
-    "tp4": (4, (1, 4), ("dp", "tp")),
     "fsdp3_tp2": (6, (3, 2), ("dp", "tp")),
-    "hsdp": (4, (2, 2), ("replicate", "shard")),
     "zero0": (2, (2, 1), ("replicate", "shard")),
     "hsdp_tp": (4, (2, 1, 2), ("replicate", "shard", "tp")),
 }
+CHAIN = ("fsdp2_tp2", "fsdp3", "tp2", "fsdp3_tp2", "one", "hsdp_tp", "zero0")
 
 
 def _full(seed):
@@ -90,7 +89,7 @@ def _merged_digest(folder):
 
 def test_a_chain_of_plans_changes_nothing(tmp_path):
     source, digests = None, set()
-    for step, plan in enumerate([*PLANS, "one"]):
+    for step, plan in enumerate(CHAIN):
         differing = run_ranks(_hop, PLANS[plan][0], plan, source, str(tmp_path), step)
         assert differing == [[]] * PLANS[plan][0], plan
         source = str(tmp_path / f"step-{step}")
@@ -140,10 +139,8 @@ def _boxes_against_reality(rank, world_size, shape, names):
     return wrong
 
 
-@pytest.mark.parametrize("shape", [(2, 2), (3, 2)])
-def test_boxes_are_what_fully_shard_makes(shape):
-    ranks = shape[0] * shape[1]
-    assert run_ranks(_boxes_against_reality, ranks, shape, ("dp", "tp")) == [[]] * ranks
+def test_boxes_are_what_fully_shard_makes():
+    assert run_ranks(_boxes_against_reality, 6, (3, 2), ("dp", "tp")) == [[]] * 6
 
 
 DTENSOR_PLACEMENTS = [

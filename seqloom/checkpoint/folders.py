@@ -77,12 +77,12 @@ def set_aside(folder: Path) -> Path:
 def commit(staging: Path, target: Path) -> None:
     """Make a finished staging folder the checkpoint `target` in one atomic rename, then point `latest` at it. All is on disk after."""
     for path in (staging, *(p for p in staging.rglob("*") if p.is_dir())):
-        sync_folder(path)
+        sync(path)
     os.rename(staging, target)
-    sync_folder(target.parent)
+    sync(target.parent)
     write_durably(target.parent / f"{_STAGING}step-{LATEST}", f"{target.name}\n".encode())
     os.replace(target.parent / f"{_STAGING}step-{LATEST}", target.parent / LATEST)
-    sync_folder(target.parent)
+    sync(target.parent)
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -93,8 +93,8 @@ def write_durably(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def sync_folder(path: Path) -> None:
-    """Flush the names in a folder to disk."""
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -105,11 +105,6 @@ class HFReader(TensorReader):
         self._files.clear()
 
 
-def has_weights(folder: Path) -> bool:
-    """Whether a folder holds safetensors weights in the Hugging Face layout."""
-    return (folder / INDEX).is_file() or (folder / SINGLE).is_file()
-
-
 def tokenizer_files(folder: Path) -> list[Path]:
     """The files of a folder that make a tokenizer (and a generation config), in a fixed order."""
     return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]

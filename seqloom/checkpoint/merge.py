@@ -139,8 +139,8 @@ def merge_to_hf(reader: StepReader, output: Path, config: Mapping[str, Any], dty
         tokenizer = reader.folder / "hf"
         write_hf_folder(staging, reader, names, config, dtype=dtype, tokenizer_folder=tokenizer, max_shard_bytes=max_shard_bytes)
         for path in staging.iterdir():
-            folders.sync_folder(path)
-        folders.sync_folder(staging)
+            folders.sync(path)
+        folders.sync(staging)
 
     _staged(output, write)
 
@@ -159,7 +159,7 @@ def _staged(output: Path, write: Callable[[Path], None]) -> None:
         if output.is_dir():
             os.rename(output, folders.staging_path(output.parent, name))
         os.replace(staging, output)
-        folders.sync_folder(output.parent)
+        folders.sync(output.parent)
     except OSError as error:
         raise UserError(
             f"writing {output} failed ({error.strerror or error}): make room or choose another place, and merge again"
