@@ -63,9 +63,7 @@ def parse(raw: str) -> Parsed:
             raise AnnotationError("an output cannot be '?': its shape must be known", text, text.index("?", start))
     written = _written_marks(text, [*inputs, *outputs])
     _check_outputs(text, inputs, outputs, written)
-    names = [
-        [None if shape is None else tuple(tuple(a.name for a in dim) for dim in shape) for shape in side] for side in (inputs, outputs)
-    ]
+    names = [[_names(shape) for shape in side] for side in (inputs, outputs)]
     frozen = frozen_by_groups(all_dims(names), {})
     marks = {name: "^" if name in frozen else mark for name, mark in written.items()}
     _check_splits(text, inputs, outputs, marks)

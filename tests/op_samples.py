@@ -161,6 +161,7 @@ SAMPLES = [
     sample("matmul.default", t(6), t(6)),
     sample("einsum.default", "bij,bjk->bik", [t(2, 4, 6), t(2, 6, 8)]),
     sample("einsum.default", "b i, i -> b", [t(2, 4), t(4)]),
+    sample("einsum.default", "ij,k->ik", [t(4, 6), t(2)]),
     # along a dimension
     sample("sum.default", t(4, 6)),
     sample("sum.dim_IntList", t(4, 6), [-1]),

@@ -14,6 +14,7 @@ from seqloom.graph import Ref, Value
 from seqloom.ops import attention as attention_module
 from seqloom.ops.attention import attention
 from seqloom.ops.check import check_op
+from seqloom.ops.flops import workspace_bytes
 from seqloom.ops.registry import resolve
 from seqloom.ops.rules import bind
 
@@ -137,6 +138,29 @@ def test_explicit_path_holds_no_square_matrix(options, monkeypatch):
         results(attention, tensors, 0.3, **options)
     columns = 20 + options["window"] - 1 if "window" in options else length
     assert sizes.largest <= max(tensors[0].numel(), 2 * 20 * columns) < length * length
+
+
+def test_explicit_tiles_shrink_with_the_number_of_keys(monkeypatch):
+    monkeypatch.setattr(attention_module, "_TILE", 1000)
+    tensors = make(1, 2, 2, 60, 60, 4)
+    with TensorSizes() as sizes:
+        found = results(attention, tensors, 0.3, softcap=2.0)
+    assert sizes.largest <= max(1000, tensors[0].numel())
+    torch.testing.assert_close(found, results(dense, tensors, 0.3, softcap=2.0))
+
+
+@pytest.mark.parametrize("options", [{"softcap": 3.0}, {"window": 40}], ids=str)
+def test_workspace_hint_bounds_the_temporaries(options, monkeypatch):
+    monkeypatch.setattr(attention_module, "_CHUNK", 32)
+    tensors = make(1, 2, 2, 300, 300, 8, dtype=torch.float32)
+    values = {n: Value(n, tuple(x.shape), x.dtype) for n, x in zip("qkv", tensors, strict=True)}
+    args, kwargs, name = tuple(map(Ref, "qkv")), {"scale": 0.3, **options}, "seqloom.ops.attention:attention"
+    hint = workspace_bytes(name, args, kwargs, bind(name, args, kwargs, values).sizes)
+    with TensorSizes() as sizes:
+        results(attention, tensors, **kwargs)
+    assert 6 * 4 * sizes.largest <= 1.2 * hint
+    fused = workspace_bytes(name, args, {"scale": 0.3}, bind(name, args, {"scale": 0.3}, values).sizes)
+    assert fused == 4 * 4 * 8 * (300 + 300)
 
 
 def test_full_size_on_fake_tensors():

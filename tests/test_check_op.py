@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from seqloom.errors import UserError
-from seqloom.ops.check import check_op, format_report
+from seqloom.ops.check import assignments, check_op, format_report
 
 torch.set_num_threads(1)
 
@@ -29,6 +29,8 @@ def lies(report):
         ("chunk_linear_cross_entropy:chunk_linear_cross_entropy", {"args": {"padding_idx": 1, "chunk_size": 5}}, ["b", "l"]),
         ("seqloom.ops.attention:attention", {"sizes": {"l": 6, "m": 6}, "args": {"scale": 0.3}}, ["b", "k", "g"]),
         ("seqloom.ops.attention:attention", {"args": {"scale": 0.3, "causal": False}}, ["b", "k", "g"]),
+        ("seqloom.ops.attention:attention", {}, ["b", "k", "g"]),  # frozen sizes alike, a stand-in for the scale
+        ("chunk_linear_cross_entropy:chunk_linear_cross_entropy", {}, ["b", "l"]),
         ("seqloom.ops.attention:attention", {"sizes": {"l": 6, "m": 6}, "args": {"scale": 0.3, "window": 2}}, ["b", "k", "g"]),
     ],
 )
@@ -84,18 +86,32 @@ def test_lie_about_shapes_and_dtypes():
     [
         ("sample_ops:plain", {}, "not a registered operator"),
         ("sample_ops:failing", {}, "needs a value for 'mode': pass --args mode=..."),
+        ("sample_ops:failing", {"args": {"mode": "x"}, "sizes": {"a": 8}}, "fails on whole inputs of sizes a=8"),
         ("sample_ops:failing", {"args": {"mode": "x"}}, "fails on whole inputs of sizes a=4: mode x is not there"),
         ("sample_ops:scaled", {"sizes": {"q": 3}}, "has no dimension 'q': it has \\*0, \\*1, d"),
         ("sample_ops:scaled", {"sizes": {"d": 0}}, "d=0 is not possible"),
         ("sample_ops:repeated", {"sizes": {"b": 3}}, "b=3 cannot be cut in 2: give an even one with --sizes b=..."),
         ("sample_ops:scaled", {"args": {"powers": 3}}, "no parameter 'powers': it takes x, scale, power, options"),
         ("sample_ops:scaled", {"dtypes": {"x": "int65"}}, "x=int65 is not one of PyTorch's"),
-        ("seqloom.ops.attention:attention", {"args": {"scale": 1.0}}, "queries and .* keys cannot have a causal mask"),
+        ("seqloom.ops.attention:attention", {"sizes": {"l": 6, "m": 8}}, "6 queries and 8 keys cannot have a causal mask"),
     ],
 )
 def test_mistakes(target, options, words):
     with pytest.raises(UserError, match=words):
         check_op(target, **options)
+
+
+def test_assignments_of_the_command_line():
+    assert assignments(["padding_idx=-100", "mode=fast", "scale=0.5", "window=None", "sizes=(1, 2)"]) == {
+        "padding_idx": -100,
+        "mode": "fast",
+        "scale": 0.5,
+        "window": None,
+        "sizes": (1, 2),
+    }
+    for text in ("padding_idx", "=3", "x="):
+        with pytest.raises(UserError, match=f"'{text}' is not an assignment: write name=value"):
+            assignments([text])
 
 
 def test_same_inputs_every_time():

@@ -11,7 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from chunk_linear_cross_entropy import chunk_linear_cross_entropy
 from seqloom.errors import UserError
+from seqloom.graph import Ref
 from seqloom.ops.check import check_op
+from seqloom.ops.flops import workspace_bytes
 from seqloom.ops.registry import resolve
 
 torch.set_num_threads(1)
@@ -133,6 +135,15 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(dtype):
     with TensorSizes() as whole:
         plain(hidden_states, weight, labels, PAD).sum().backward()
     assert whole.largest == 200 * n
+
+
+def test_workspace_hint():
+    """Ten bytes per logit of a chunk, and the weight gradient in fp32 beside its product in half precision."""
+    name = "chunk_linear_cross_entropy:chunk_linear_cross_entropy"
+    args, sizes = (Ref("h"), Ref("w"), Ref("y")), {"b": 1, "l": 200, "d": 4, "n": 500}
+    assert workspace_bytes(name, args, {"padding_idx": PAD, "chunk_size": 16}, sizes) == 10 * 16 * 500 + 6 * 500 * 4
+    assert workspace_bytes(name, args, {"padding_idx": PAD}, sizes) == 10 * 200 * 500 + 6 * 500 * 4
+    assert workspace_bytes("aten.add.Tensor", args, {}, sizes) == 0
 
 
 def test_backward_keeps_inputs_and_one_number_per_token():

@@ -22,6 +22,7 @@ from seqloom.errors import UserError
 from seqloom.ops.registry import register_op
 
 _CHUNK = 512
+_TILE = 2**28  # scores at once, over all heads: 1 GiB in fp32
 
 
 def _flops(sizes: Mapping[str, Any]) -> int:
@@ -34,7 +35,29 @@ def _flops(sizes: Mapping[str, Any]) -> int:
     return 4 * heads * pairs * sizes["e"]
 
 
-@register_op("b (k g) l^ e^, b k m^ e^, b k m^ e^ -> b (k g) l^ e^", flops=_flops, saved=("query", "key", "value", "output"))
+def _workspace(sizes: Mapping[str, Any]) -> int:
+    """Bytes of temporaries of the backward pass: fused, the query gradient in fp32 and key/value gradients per query head; explicit, six
+    tiles of scores and the key/value gradients in fp32."""
+    groups, keys = sizes["b"] * sizes["k"], sizes["m"]
+    heads = groups * sizes["g"]
+    if sizes["softcap"] is None and (sizes["window"] is None or sizes["window"] >= keys):
+        return 4 * heads * sizes["e"] * (sizes["l"] + (keys if sizes["g"] > 1 else 0))
+    columns = keys if sizes["window"] is None else min(keys, sizes["window"] + _CHUNK)
+    return 4 * (6 * heads * min(sizes["l"], _rows(heads, keys, sizes["window"])) * columns + 2 * groups * keys * sizes["e"])
+
+
+def _rows(heads: int, keys: int, window: int | None) -> int:
+    """Queries in a chunk: as many as keep the scores of all heads within a tile."""
+    columns = keys if window is None else min(keys, window + _CHUNK)
+    return max(1, min(_CHUNK, _TILE // (heads * columns)))
+
+
+@register_op(
+    "b (k g) l^ e^, b k m^ e^, b k m^ e^ -> b (k g) l^ e^",
+    flops=_flops,
+    saved=("query", "key", "value", "output"),
+    workspace=_workspace,
+)
 def attention(
     query: Tensor,
     key: Tensor,
@@ -89,7 +112,7 @@ class _ChunkedAttention(torch.autograd.Function):
         ctx.options = (scale, causal, window, softcap)
         grouped = _group(query, key)
         output, lse = torch.empty_like(grouped), grouped.new_empty(grouped.shape[:-1], dtype=_accumulate(query.dtype))
-        for rows, columns in _tiles(query.shape[2], key.shape[2], causal, window):
+        for rows, columns in _tiles(query, key, causal, window):
             scores, _ = _scores(grouped, key, rows, columns, ctx.options)
             lse[..., rows] = scores.logsumexp(-1)
             weights = (scores - lse[..., rows, None]).exp()
@@ -105,7 +128,7 @@ class _ChunkedAttention(torch.autograd.Function):
         q, out, grad = (_group(x, key) for x in (query, output, grad))
         d_query = torch.empty_like(q)
         d_key, d_value = (torch.zeros_like(x, dtype=lse.dtype) for x in (key, value))
-        for rows, columns in _tiles(query.shape[2], key.shape[2], causal, window):
+        for rows, columns in _tiles(query, key, causal, window):
             scores, slope = _scores(q, key, rows, columns, ctx.options)
             weights = (scores - lse[..., rows, None]).exp()
             d_out = grad[..., rows, :].to(lse.dtype)
@@ -127,10 +150,12 @@ def _group(x: Tensor, key: Tensor) -> Tensor:
     return x.unflatten(1, (key.shape[1], -1)).contiguous()
 
 
-def _tiles(length: int, keys: int, causal: bool, window: int | None) -> Iterator[tuple[slice, slice]]:
+def _tiles(query: Tensor, key: Tensor, causal: bool, window: int | None) -> Iterator[tuple[slice, slice]]:
     """Chunks of queries, each with the range of keys that some query of the chunk can see."""
-    for start in range(0, length, _CHUNK):
-        stop = min(start + _CHUNK, length)
+    (batch, heads, length, _), keys = query.shape, key.shape[2]
+    rows = _rows(batch * heads, keys, window)
+    for start in range(0, length, rows):
+        stop = min(start + rows, length)
         first = 0 if window is None else max(0, start - window + 1)
         yield slice(start, stop), slice(first, stop if causal else keys)
 

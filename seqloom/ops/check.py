@@ -8,6 +8,7 @@ another (`seqloom.ops.pieces`).
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,12 +19,13 @@ from torch import Tensor
 from seqloom.annotation import Annotation, Bound
 from seqloom.errors import UserError
 from seqloom.graph import Ref, Value, map_refs
-from seqloom.ops.pieces import Report, Run, SplitReport, compare
+from seqloom.ops.pieces import OperatorFailure, Report, Run, SplitReport, compare
 from seqloom.ops.registry import RegisteredOp, resolve
 from seqloom.ops.rules import bind
 from seqloom.ops.views import with_output_shape
 
 INTEGER_NAMES = ("labels", "targets", "input_ids", "token_ids", "position_ids", "ids", "indices", "index")
+_STAND_INS = {"int": 1, "float": 1.0, "bool": False}
 
 
 def check_op(
@@ -36,21 +38,48 @@ def check_op(
 ) -> Report:
     """Check a registered function "module:function" on small random inputs made from its annotation.
 
-    `sizes` by name (default: 4, 6, 8, ...), `args` for parameters beyond the annotation that have no default, `dtypes` by parameter
-    ("int64", "bool"). Inputs are fp64, but int64, small and not negative, for parameters annotated `LongTensor` or named as in
-    `INTEGER_NAMES`. A name that leads a group is also given the size 1, which frees the name after it. Raises `UserError` for what is
-    missing or unknown, and where the function fails on whole inputs.
+    `sizes` by name: by default 4, 6, 8, ..., and one size for all frozen names where the function wants that. `args` for parameters
+    beyond the annotation: those without a default get 1, 1.0 or False by their type hint. `dtypes` by parameter ("int64", "bool"):
+    inputs are fp64, but int64, small and not negative, for parameters annotated `LongTensor` or named as in `INTEGER_NAMES`. A name that
+    leads a group is also given the size 1, which frees the name after it. Raises `UserError` for what is missing or unknown, and where
+    the function fails on whole inputs.
     """
     entry = resolve(target)
     sizes, args, dtypes = dict(sizes or {}), dict(args or {}), dict(dtypes or {})
     _check_names(entry, sizes, args, dtypes)
-    reports = [_check_once(entry, chosen, args, dtypes, seed) for chosen in _size_choices(entry, {**entry.sizes_from(args), **sizes})]
+    args = {**_stand_ins(entry), **args}
+    given = {**entry.sizes_from(args), **sizes}
+    try:
+        reports = [_check_once(entry, chosen, args, dtypes, seed) for chosen in _size_choices(entry, given)]
+    except OperatorFailure as failure:
+        alike = {name: 4 for name, mark in entry.annotation.marks if mark == "^" and name in _names(entry.annotation)}
+        try:
+            reports = [_check_once(entry, chosen, args, dtypes, seed) for chosen in _size_choices(entry, {**alike, **given})]
+        except OperatorFailure:
+            raise failure from None
     splits: dict[str, SplitReport] = {}
     for split in (split for report in reports for split in report.splits):
         if split.name not in splits or split.problems:
             splits[split.name] = split
     problems = dict.fromkeys(problem for report in reports for problem in report.problems)
     return replace(reports[0], splits=tuple(splits.values()), problems=tuple(problems))
+
+
+def assignments(texts: Sequence[str]) -> dict[str, Any]:
+    """`["padding_idx=-100", "mode=fast"]` -> `{"padding_idx": -100, "mode": "fast"}`: Python constants, else strings.
+
+    Raises `UserError` for a text without a name, "=" and value.
+    """
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise UserError(f"'{text}' is not an assignment: write name=value")
+        try:
+            found[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[name] = value
+    return found
 
 
 def check_rule(op: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> Report:
@@ -170,6 +199,13 @@ def _make_inputs(
 def _default_dtype(entry: RegisteredOp, name: str) -> str:
     hint = entry.signature.parameters[name].annotation
     return "int64" if name in INTEGER_NAMES or "LongTensor" in str(hint) else "float64"
+
+
+def _stand_ins(entry: RegisteredOp) -> dict[str, Any]:
+    """Values by type hint for the parameters beyond the annotation that have no default."""
+    beyond = list(entry.signature.parameters.items())[len(entry.annotation.inputs) :]
+    hints = {name: str(getattr(spec.annotation, "__name__", spec.annotation)) for name, spec in beyond if spec.default is spec.empty}
+    return {name: _STAND_INS[hint] for name, hint in hints.items() if hint in _STAND_INS}
 
 
 def _constants(entry: RegisteredOp, tensors: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,10 @@ TOLERANCE = 1e-9
 Run = Callable[[Sequence[Tensor], Sequence[tuple[int, ...]]], Sequence[Tensor]]
 
 
+class OperatorFailure(UserError):
+    """The operator itself fails on whole inputs."""
+
+
 @dataclass(frozen=True)
 class SplitReport:
     """One name: where it leads (`"hidden_states[1]"`, ...), the largest relative difference found, and the lies (empty when true)."""
@@ -57,7 +61,7 @@ def compare(op: str, annotation: str, bound: Bound, run: Run, inputs: Sequence[T
     """Run whole and split along every name that may be split.
 
     `run` takes the tensor inputs and the shapes its outputs should have; `names` are those of the inputs, for the report. Raises
-    `UserError` where the operator fails on whole inputs or a size cannot be cut.
+    `OperatorFailure` where the operator fails on whole inputs, `UserError` where a size cannot be cut.
     """
     shapes = [bound.shape(dims) for dims in bound.outputs]
     report = Report(op, annotation, bound.named_sizes, ())
@@ -68,7 +72,7 @@ def compare(op: str, annotation: str, bound: Bound, run: Run, inputs: Sequence[T
             outputs = run(inputs, shapes)
     except Exception as error:
         sizes = " ".join(f"{name}={size}" for name, size in bound.named_sizes)
-        raise UserError(f"operator '{op}' fails on whole inputs of sizes {sizes}: {error}") from error
+        raise OperatorFailure(f"operator '{op}' fails on whole inputs of sizes {sizes}: {error}") from error
     found = [tuple(output.shape) for output in outputs]
     if found != shapes:
         return replace(report, problems=(f"the outputs have shapes {found}, but the annotation says {shapes}",))

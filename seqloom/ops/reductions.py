@@ -25,21 +25,18 @@ from seqloom.ops.call import (
 )
 
 _REDUCTIONS = ("none", "mean", "sum")
+_KEEPDIM_AT = {"aten.var": 3}
 
 
 def _reduce(mark: str, results: int = 1) -> Annotate:
     def annotate(call: Call) -> Text:
         words = names(len(call.shape()))
-        over = axes(None if call.overload == "default" and call.base in _ALL_BY_DEFAULT else call.arg(1, "dim"), len(words))
+        over = axes(call.arg(1, "dim"), len(words))
         keep = bool(call.arg(_KEEPDIM_AT.get(call.base, 2), "keepdim", False))
         output = ["1" if i in over else word for i, word in enumerate(words) if keep or i not in over]
         return write([[word + mark if i in over else word for i, word in enumerate(words)]], [output] * results)
 
     return annotate
-
-
-_ALL_BY_DEFAULT = ("aten.sum", "aten.mean", "aten.max", "aten.min")
-_KEEPDIM_AT = {"aten.var": 3}
 
 
 def _extreme(call: Call) -> Text:

@@ -39,9 +39,9 @@ class RegisteredOp:
 
     `name` is "module:function". `dtype` of the outputs: None for that of the first floating-point input, a dtype, or a function of the
     input dtypes. `flops` (forward), `comm` (bytes moved inside the operator) and `workspace` (bytes of temporaries at their largest) are
-    functions of the sizes by name and the constants by parameter name. `saved` names
-    the parameters kept for backward, and "output" for the outputs; None counts every tensor input as kept. `context_parallel` is the
-    dimension that the operator itself splits over a process group. `source_digest` is the sha256 of the defining file.
+    functions of the sizes by name and the constants by parameter name. `saved` names the parameters kept for backward, and "output" for
+    the outputs; None counts every tensor input as kept. `context_parallel` is the dimension that the operator itself splits over a
+    process group. `source_digest` is the sha256 of the defining file.
     """
 
     name: str
