@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from seqloom.errors import UserError
-from seqloom.ops.check import assignments, check_op, format_report
+from seqloom.ops.check import check_op, format_report
 
 torch.set_num_threads(1)
 
@@ -99,19 +99,6 @@ def test_lie_about_shapes_and_dtypes():
 def test_mistakes(target, options, words):
     with pytest.raises(UserError, match=words):
         check_op(target, **options)
-
-
-def test_assignments_of_the_command_line():
-    assert assignments(["padding_idx=-100", "mode=fast", "scale=0.5", "window=None", "sizes=(1, 2)"]) == {
-        "padding_idx": -100,
-        "mode": "fast",
-        "scale": 0.5,
-        "window": None,
-        "sizes": (1, 2),
-    }
-    for text in ("padding_idx", "=3", "x="):
-        with pytest.raises(UserError, match=f"'{text}' is not an assignment: write name=value"):
-            assignments([text])
 
 
 def test_same_inputs_every_time():

@@ -8,7 +8,6 @@ another (`seqloom.ops.pieces`).
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -63,23 +62,6 @@ def check_op(
             splits[split.name] = split
     problems = dict.fromkeys(problem for report in reports for problem in report.problems)
     return replace(reports[0], splits=tuple(splits.values()), problems=tuple(problems))
-
-
-def assignments(texts: Sequence[str]) -> dict[str, Any]:
-    """`["padding_idx=-100", "mode=fast"]` -> `{"padding_idx": -100, "mode": "fast"}`: Python constants, else strings.
-
-    Raises `UserError` for a text without a name, "=" and value.
-    """
-    found: dict[str, Any] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not (name and equals and value):
-            raise UserError(f"'{text}' is not an assignment: write name=value")
-        try:
-            found[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            found[name] = value
-    return found
 
 
 def check_rule(op: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> Report:
