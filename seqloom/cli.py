@@ -6,11 +6,12 @@ Every command parses its flags, imports the room that does the work, calls it an
 from __future__ import annotations
 
 import difflib
+import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -56,6 +57,10 @@ class CheckOpArguments:
     """Registered function, module:function."""
     sizes: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=SIZE ...")] = ()
     """Sizes of dimensions by name."""
+    args: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE ...")] = ()
+    """Values of parameters that the annotation does not describe, as JSON."""
+    dtypes: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=DTYPE ...")] = ()
+    """Types of inputs that are not floating-point, such as labels=int64."""
     seed: int = 0
     """Seed of the random inputs."""
 
@@ -108,10 +113,12 @@ def verify_command(args: Sequence[str], prog: str) -> int:
 def check_op_command(args: Sequence[str], prog: str) -> int:
     """Check the annotation of a registered operator."""
     config = parse(CheckOpArguments, prog, args)
-    sizes = dict(_size(text) for text in config.sizes)
+    sizes = {name: _json(f"--sizes {name}", size, int) for name, size in _pairs("--sizes", config.sizes)}
+    args = {name: _json(f"--args {name}", value, object) for name, value in _pairs("--args", config.args)}
+    dtypes = dict(_pairs("--dtypes", config.dtypes))
     from seqloom.ops.check import check_op, format_report
 
-    report = check_op(config.target, sizes=sizes, seed=config.seed)
+    report = check_op(config.target, sizes=sizes, args=args, dtypes=dtypes, seed=config.seed)
     print(format_report(report))
     return 0 if report.ok else 1
 
@@ -176,12 +183,23 @@ def _dispatch(commands: Mapping[str, Command], args: Sequence[str], prog: str, d
     return commands[name](args[1:], f"{prog} {name}")
 
 
-def _size(text: str) -> tuple[str, int]:
-    """`l=8` -> `("l", 8)`."""
-    name, equals, size = text.partition("=")
-    if not (name and equals and size.isdecimal()):
-        raise UserError(f"--sizes {text} is not NAME=SIZE: write for example --sizes l=8 d=16")
-    return name, int(size)
+def _pairs(flag: str, texts: Iterable[str]) -> list[tuple[str, str]]:
+    """`l=8` -> `("l", "8")`."""
+    for text in texts:
+        if not all(text.partition("=")):
+            raise UserError(f"{flag} {text} is not NAME=VALUE: write for example {flag} {text.split('=')[0] or 'l'}=8")
+    return [(text.partition("=")[0], text.partition("=")[2]) for text in texts]
+
+
+def _json(what: str, text: str, kind: type) -> Any:
+    """A value given as JSON, of a type."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None if kind is int else text
+    if not isinstance(value, kind):
+        raise UserError(f"{what}={text} is not a whole number: write for example {what}=8")
+    return value
 
 
 def _print_lines(lines: Iterable[str]) -> None:

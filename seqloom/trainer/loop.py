@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from seqloom.checkpoint import find_checkpoint, folders, load_checkpoint, save_checkpoint
@@ -40,20 +41,25 @@ class Progress:
 
 
 def train(config: TrainConfig) -> None:
-    """Run a whole training on this rank. Raises `UserError` for a user's mistake, on the rank that is to tell it."""
+    """Join the job, train, and leave it. Raises `UserError` for a user's mistake, on the rank that is to tell it."""
     device_type = choose_device_type(config.compile.hardware)
     prepare_process(device_type, config.deterministic)
     device = init_distributed(device_type)
     with first_failure_speaks():
-        check_world_size(dist.get_world_size(), config.compile.runtime_ngpus)
-        run = build(config, device, _say)
-        progress = _start(run)
-        _say(summary(run, progress.step))
-        if progress.step >= run.total_steps:
-            _say(f"step {progress.step} of {run.total_steps} is done already: nothing is left to do")
-        else:
-            _train(run, progress)
+        train_on(config, device)
     dist.destroy_process_group()
+
+
+def train_on(config: TrainConfig, device: torch.device) -> None:
+    """The whole training on this rank of a job that all ranks have joined. Raises `UserError` on every rank that finds a mistake."""
+    check_world_size(dist.get_world_size(), config.compile.runtime_ngpus)
+    run = build(config, device, _say)
+    progress = _start(run)
+    _say(summary(run, progress.step))
+    if progress.step >= run.total_steps:
+        _say(f"step {progress.step} of {run.total_steps} is done already: nothing is left to do")
+    else:
+        _train(run, progress)
 
 
 def _start(run: Run) -> Progress:

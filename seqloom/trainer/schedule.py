@@ -15,10 +15,10 @@ def learning_rate(step: int, *, peak: float, schedule: ScheduleName, warmup_step
     zero behind the last one, along a line or half a cosine (Loshchilov and Hutter, 2017).
     """
     if step <= warmup_steps:
-        return peak * step / warmup_steps
+        return peak * (step / warmup_steps)
     progress = min(1.0, (step - 1 - warmup_steps) / max(1, total_steps - warmup_steps))
     if schedule == "linear":
         return peak * (1 - progress)
     if schedule == "cosine":
-        return peak * (1 + math.cos(math.pi * progress)) / 2
+        return peak * ((1 + math.cos(math.pi * progress)) / 2)
     return peak
