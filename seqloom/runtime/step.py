@@ -110,11 +110,12 @@ def local_inputs(program: Program, mesh: DeviceMesh, micro_batch: MicroBatch, de
 
 
 def _coordinate(mesh: DeviceMesh, axes: Axes) -> tuple[int, int]:
-    """Into how many parts the axes split a dimension, and which of them is this rank's; the earlier axis is the outer one."""
+    """Into how many parts the axes split a dimension, and which of them is this rank's; the earlier axis of the mesh is the outer one."""
+    named = (axes,) if isinstance(axes, str) else axes or ()
     parts, index = 1, 0
-    for axis in (axes,) if isinstance(axes, str) else axes or ():
-        size = mesh[axis].size()
-        parts, index = parts * size, index * size + mesh.get_local_rank(axis)
+    for dim, axis in enumerate(mesh.mesh_dim_names):
+        if axis in named:
+            parts, index = parts * mesh.size(dim), index * mesh.size(dim) + mesh.get_local_rank(axis)
     return parts, index
 
 
