@@ -6,6 +6,7 @@ parentheses and nothing else does. Operators without a spelling of their own are
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -107,6 +108,11 @@ def _call(name: str) -> Spelling:
     return spelled
 
 
+def _first(count: int, name: str) -> Spelling:
+    """A call with the first `count` arguments only."""
+    return lambda node, arguments, context: _call(name)(dataclasses.replace(node, args=node.args[:count]), arguments, context)
+
+
 def _negative(node: Node, arguments: Mapping[str, Expression], context: Context) -> Expression:
     return Expression(f"-{arguments[node.args[0].name].at(ATOM)}", UNARY)
 
@@ -203,6 +209,6 @@ _SPELLINGS: dict[str, Spelling] = {
     "aten.silu.default": _call("F.silu"),
     "aten.gelu.default": _call("F.gelu"),
     "aten.relu.default": _call("F.relu"),
-    "aten.layer_norm.default": _call("F.layer_norm"),
+    "aten.layer_norm.default": _first(5, "F.layer_norm"),  # the sixth argument only chooses a kernel
     "aten.rms_norm.default": _call("F.rms_norm"),
 }

@@ -326,11 +326,11 @@ def _kept_variables(problem: Problem, region: Region) -> None:
     """m[v, L] >= each cluster's need of v in L; a recomputed segment keeps its inputs instead."""
     roots = view_roots(problem, region)
     for index in range(len(region.parts)):
-        needs: dict[tuple[str, Layout], list[int]] = {}
+        needs: dict[tuple[str, Layout], dict[int, None]] = {}  # several values of a choice may share one storage: count it once
         for column, choice in problem.of_part(region.key, index):
             if choice.kept:
                 for name, layout in choice.price.saved:
-                    needs.setdefault(root_of(roots, name, layout), []).append(column)
+                    needs.setdefault(root_of(roots, name, layout), {})[column] = None
         for key, columns in needs.items():
             problem.program.constrain([(_kept(problem, region.key, key), 1.0), *((c, -1.0) for c in columns)], 0.0)
     for (key, segment), rec in problem.recompute.items():

@@ -1,0 +1,42 @@
+"""A small model of the same structure: the config on which a plan is proved.
+
+Widths, vocabulary and depth shrink; the numbers of heads stay, because plans split them. Sizes are multiples of the ranks, so that
+every split of the plan still divides.
+"""
+
+from __future__ import annotations
+
+import copy
+from math import lcm
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+HEAD_DIM = 8
+LAYERS = 4
+
+
+def shrink(config: PretrainedConfig, ranks: int) -> PretrainedConfig:
+    """A copy of `config` with few layers and narrow widths that divide by `ranks`; numbers of heads as they are."""
+    small = copy.deepcopy(config)
+    heads = config.num_attention_heads
+    unit = lcm(ranks, heads)
+    narrow = {
+        "hidden_size": HEAD_DIM * unit if getattr(config, "head_dim", None) is None else 8 * lcm(ranks, 8),
+        "intermediate_size": 16 * ranks,
+        "n_inner": 16 * ranks,
+        "num_hidden_layers": min(LAYERS, config.num_hidden_layers),
+        "vocab_size": 32 * ranks + 64,
+        "max_position_embeddings": 4096,
+    }
+    for name, value in narrow.items():
+        if hasattr(small, name):
+            setattr(small, name, value)
+    if getattr(config, "head_dim", None) is not None:
+        small.head_dim = HEAD_DIM
+    if isinstance(getattr(config, "layer_types", None), list):
+        small.layer_types = config.layer_types[: small.num_hidden_layers]
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(small, name, None)
+    return small

@@ -1,0 +1,120 @@
+"""`python -m seqloom verify`: prove a compiled plan on a small model of the same structure.
+
+The plan's own decisions are laid over a shrunken model (`seqloom.runtime.shrink`), the program is emitted in fp64 and run on CPU processes,
+one for each rank of the plan; loss and every gradient must equal those of the original model.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from datetime import timedelta
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+from seqloom.capture import capture
+from seqloom.cost.hardware import load_hardware
+from seqloom.emit import fingerprint as prints
+from seqloom.emit.pipeline import PLAN, PROGRAM
+from seqloom.emit.program import program_source
+from seqloom.errors import UserError
+from seqloom.plan.document import parse_decisions
+from seqloom.plan.plan import PlanMismatch, realize
+from seqloom.plan.price import Machine
+from seqloom.plan.regions import build_regions
+from seqloom.plan.solver import Decisions
+from seqloom.runtime.parity import Difference, compare, original_gradients, program_gradients, random_batches
+from seqloom.runtime.shrink import shrink
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+TOLERANCE = 1e-9
+TIMEOUT = timedelta(minutes=5)
+
+
+def run(folder: Path) -> int:
+    """Verify the program in `folder`, print the result, return the exit code (0 when it passes)."""
+    difference = verify(folder)
+    passed = difference.loss < TOLERANCE and difference.gradient < TOLERANCE
+    print(f"{'loss':<24}{difference.loss:.1e} relative to the original model")
+    print(f"{'largest gradient':<24}{difference.gradient:.1e} {difference.parameter}")
+    print("parity: passed" if passed else f"parity: FAILED, the plan in {folder} must not be trained with")
+    return 0 if passed else 1
+
+
+def verify(folder: Path, *, dp: int | None = None) -> Difference:
+    """How far the plan in `folder` is from the original model, on a shrunken model. `dp` scale units (default 1, or the plan's up to 2).
+
+    Raises `UserError` where there is no plan, or it does not fit the shrunken model.
+    """
+    mark = prints.read(folder)
+    if mark is None or not (folder / PLAN).is_file():
+        raise UserError(f"there is no compiled program in {folder}: compile it first, or give its --name")
+    document = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+    decisions = parse_decisions(document["decisions"])
+    request = mark["request"]
+    config = _config(mark["config"])
+    return verify_decisions(
+        config,
+        decisions,
+        batch=request["micro_batch_size"],
+        accumulation=min(2, decisions.storage.accumulation),
+        units=min(decisions.dp, 2) if dp is None else dp,
+        loss=request["loss"],
+    )
+
+
+def _config(settings: dict[str, Any]) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(settings["model_type"], **{k: v for k, v in settings.items() if k != "model_type"})
+
+
+def verify_decisions(config: PretrainedConfig, decisions: Decisions, *, batch: int, accumulation: int, units: int, loss: str) -> Difference:
+    """Lay decisions over a shrunken model, run it on processes and compare. See `verify`."""
+    from transformers import AutoModelForCausalLM
+
+    plan_ranks = prod(axis.size for axis in decisions.axes)
+    small = shrink(config, plan_ranks)
+    batches = [random_batches(small, batch, 8 * max(plan_ranks, 4), accumulation, seed) for seed in range(units)]
+    with tempfile.TemporaryDirectory(prefix="seqloom-verify-") as place:
+        folder, weights, result = Path(place) / "program", Path(place) / "weights", Path(place) / "result.pt"
+        folder.mkdir()
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(small, dtype=torch.float64).save_pretrained(weights)
+        write_program(small, decisions, folder, batch=batch, seq_len=8 * max(plan_ranks, 4), loss=loss)
+        job = (units * plan_ranks, str(Path(place) / "store"), folder, small, weights, batches, result)
+        torch.multiprocessing.spawn(_rank, job, nprocs=units * plan_ranks)
+        found = torch.load(result, weights_only=True)
+        true_loss, true_gradients = original_gradients(small, weights, batches)
+    return compare(found.pop("loss").item(), found, true_loss, true_gradients)
+
+
+def write_program(config: PretrainedConfig, decisions: Decisions, folder: Path, *, batch: int, seq_len: int, loss: str) -> None:
+    """Emit the fp64 program of decisions for a config. Raises `UserError` where they do not fit it."""
+    captured = capture(config, batch_size=batch, seq_len=seq_len, dtype=torch.float64, loss=loss, loss_chunk=16)
+    machine = Machine(load_hardware("cpu"), decisions.axes, decisions.dp)
+    try:
+        plan = realize(build_regions(captured.graph), decisions, machine)
+    except PlanMismatch as error:
+        raise UserError(f"the plan can not be laid over the small model that verify runs: {error}") from error
+    text = program_source(plan, captured.model_class, captured.tied, "Written for verification.")
+    (folder / PROGRAM).write_text(text, encoding="utf-8")
+
+
+def _rank(rank: int, world: int, store: str, folder: Path, config: PretrainedConfig, weights: Path, batches: list, result: Path) -> None:
+    """One process of the job: run the program and let rank 0 leave the result."""
+    torch.set_num_threads(1)
+    sys.path.insert(0, str(Path.cwd()))
+    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=TIMEOUT)
+    loss, gradients = program_gradients(folder, config, weights, batches)
+    if rank == 0:
+        torch.save({"loss": torch.tensor(loss, dtype=torch.float64), **gradients}, result)
+    dist.destroy_process_group()
