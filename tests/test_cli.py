@@ -54,7 +54,7 @@ def checkpoints(tmp_path):
     return tmp_path / "runs"
 
 
-# --- choosing a command ----------------------------------------------------------------------------------------------------------
+# --- choosing a command -----------------------------------------------------------------------------------------------
 
 
 def test_without_a_command_all_are_listed(command, capsys):
@@ -109,7 +109,7 @@ def test_as_a_process():
     assert "Traceback" in run("explian", "--debug").stderr
 
 
-# --- programs --------------------------------------------------------------------------------------------------------------------------
+# --- programs ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_compile_is_for_one_process(command, monkeypatch):
         command("compile", "--model_id", "llama3_8b", "--seq_len", "64")
 
 
-# --- operators -------------------------------------------------------------------------------------------------------------------------
+# --- operators --------------------------------------------------------------------------------------------------------
 
 OPERATORS = """
 from seqloom.ops import register_op
@@ -187,7 +187,7 @@ def test_check_op_reads_its_flags(command, operators, words, part):
         command("check-op", f"{operators}:untrue", *words)
 
 
-# --- checkpoints -----------------------------------------------------------------------------------------------------------------------
+# --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
 def test_checkpoints_are_listed_verified_and_shown(command, checkpoints, capsys):

@@ -30,7 +30,7 @@ def data_folder(folder, length=64):
     return folder
 
 
-# --- flags ------------------------------------------------------------------------------------------------------------------------
+# --- flags ------------------------------------------------------------------------------------------------------------
 
 
 def test_compile_flags_are_the_fields_of_the_request():
@@ -128,12 +128,12 @@ def test_impossible_values_are_refused(words, part):
         train_config(*words)
 
 
-# --- from flags to a request ----------------------------------------------------------------------------------------------------------
+# --- from flags to a request ------------------------------------------------------------------------------------------
 
 
 def test_request_takes_every_setting(tmp_path):
-    words = "--seq_len 128 --plan_ngpus 2 --runtime_ngpus 4 --zero 3 --force sp2 --recompute all --precision fp32 --memory_gib 8".split()
-    request = train_config(*words, "--output_folder", str(tmp_path)).compile.request()
+    line = "--seq_len 128 --plan_ngpus 2 --runtime_ngpus 4 --zero 3 --force sp2 --recompute all --precision fp32 --memory_gib 8"
+    request = train_config(*line.split(), "--output_folder", str(tmp_path)).compile.request()
     assert request == CompileRequest(
         model_id="llama3_8b",
         seq_len=128,
@@ -179,7 +179,7 @@ def test_steps_are_what_the_epochs_fill(rows, per_step, epochs):
     assert train_config("--max_train_steps", "9").total_steps(rows, per_step) == 9
 
 
-# --- learning rate ----------------------------------------------------------------------------------------------------------------------
+# --- learning rate ----------------------------------------------------------------------------------------------------
 
 SCHEDULES = st.sampled_from(["constant", "linear", "cosine"])
 
@@ -212,7 +212,7 @@ def test_rate_half_way_and_behind_the_end(schedule, middle):
     assert rate(500) == pytest.approx(1.0 if schedule == "constant" else 0.0)
 
 
-# --- before a run begins -------------------------------------------------------------------------------------------------------------------
+# --- before a run begins ----------------------------------------------------------------------------------------------
 
 
 def test_world_size_names_the_command(monkeypatch):

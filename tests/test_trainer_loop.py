@@ -8,10 +8,10 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-from examples import check_merged
 from procs import run_ranks
 from tiny_job import LENGTH, ROWS, config, make_dataset, make_job
 
+from examples import check_merged
 from seqloom.checkpoint import folders, merge
 from seqloom.checkpoint.manifest import Manifest
 from seqloom.errors import UserError
@@ -49,7 +49,7 @@ class Terminal(io.StringIO):
         return True
 
 
-# --- what a run says ---------------------------------------------------------------------------------------------------------------------
+# --- what a run says --------------------------------------------------------------------------------------------------
 
 
 def test_a_line_holds_everything_once():
@@ -123,7 +123,7 @@ def test_the_plot_is_a_picture(tmp_path):
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
-# --- state -------------------------------------------------------------------------------------------------------------------------------
+# --- state ------------------------------------------------------------------------------------------------------------
 
 
 def _restores_generators(rank, world_size):
@@ -165,7 +165,7 @@ def test_what_may_follow_from_another_rank(error, answer):
     assert follows(error) is answer
 
 
-# --- whole runs ----------------------------------------------------------------------------------------------------------------------------
+# --- whole runs -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
