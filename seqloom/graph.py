@@ -122,11 +122,11 @@ class Graph:
 
     def parameters(self) -> dict[str, Value]:
         """State-dict key -> parameter, over this graph and every block call in it."""
-        return {fqn: value for fqn, value in self._state("parameter")}
+        return dict(self._state("parameter"))
 
     def buffers(self) -> dict[str, Value]:
         """State-dict key -> buffer, over this graph and every block call in it."""
-        return {fqn: value for fqn, value in self._state("buffer")}
+        return dict(self._state("buffer"))
 
     def _state(self, kind: Kind) -> Iterator[tuple[str, Value]]:
         yield from ((value.fqn, value) for value in self.of_kind(kind))

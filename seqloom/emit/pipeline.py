@@ -105,9 +105,11 @@ def summary(request: CompileRequest, captured: Captured, plan: Plan, evaluation:
     ranks = request.plan_ngpus
     tokens = request.seq_len * request.micro_batch_size * request.grad_accumulation_steps
     return (
-        f"{captured.model_class}, {captured.num_parameters / 1e9:.3g} billion parameters, {request.micro_batch_size} x {request.seq_len} tokens a "
-        f"micro-batch, {request.grad_accumulation_steps} micro-batches a step, computed in {request.precision}, planned for {ranks} x "
-        f"{plan.machine.hardware.name}. Predicted: {evaluation.step_s:.3g} s a step, {tokens / evaluation.step_s / ranks:,.0f} tokens/s a device, "
+        f"{captured.model_class}, {captured.num_parameters / 1e9:.3g} billion parameters, "
+        f"{request.micro_batch_size} x {request.seq_len} tokens "
+        f"a micro-batch, {request.grad_accumulation_steps} micro-batches a step, computed in {request.precision}, planned for {ranks} x "
+        f"{plan.machine.hardware.name}. Predicted: {evaluation.step_s:.3g} s a step, "
+        f"{tokens / evaluation.step_s / ranks:,.0f} tokens/s a device, "
         f"{evaluation.peak_bytes / GIB:.1f} GiB of {plan.machine.hardware.usable_bytes / GIB:.1f} GiB."
     )
 

@@ -51,8 +51,8 @@ class CompileRequest:
     def __post_init__(self) -> None:
         if self.plan_ngpus < 1 or self.runtime_ngpus < 1 or self.runtime_ngpus % self.plan_ngpus:
             raise UserError(
-                f"runtime_ngpus {self.runtime_ngpus} is not a multiple of plan_ngpus {self.plan_ngpus}: the plan is repeated over scale units, "
-                f"so use --runtime_ngpus {max(1, self.plan_ngpus)} or a multiple of it"
+                f"runtime_ngpus {self.runtime_ngpus} is not a multiple of plan_ngpus {self.plan_ngpus}: the plan is repeated over scale "
+                f"units, so use --runtime_ngpus {max(1, self.plan_ngpus)} or a multiple of it"
             )
         if self.zero not in (None, 0, 1, 3):
             raise UserError(f"zero {self.zero} is not a ZeRO level of seqloom: use 0, 1 or 3")
