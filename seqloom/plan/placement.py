@@ -30,7 +30,7 @@ R, B, P = Placement("R"), Placement("B"), Placement("P")
 Layout = tuple[Placement, ...]
 
 
-def S(dim: int) -> Placement:  # noqa: N802  (the field's word for it)
+def S(dim: int) -> Placement:
     """Split along `dim`."""
     return Placement("S", dim)
 
@@ -73,7 +73,7 @@ def _moves(shape: tuple[int, ...], sizes: tuple[int, ...], layout: Layout, dims:
     for count in range(1, len(layout) + 1):
         for axes in itertools.combinations(range(len(layout)), count):
             src = layout[axes[0]]
-            if any(layout[a] != src for a in axes) or any(sizes[a] == 1 for a in axes):
+            if any(layout[a] != src for a in axes):
                 continue
             if count > 1 and src.kind in "RB":
                 continue  # local moves gain nothing from going together

@@ -150,7 +150,7 @@ def _decisions(problem: Problem, solution: Solution) -> Decisions:
     recompute = {key: [False] * len(r.segments) for key, r in problem.regions.parts.items()}
     for (key, segment), column in problem.recompute.items():
         recompute[key][segment] = bool(solution.values[column] > 0.5)
-    slots = {slot: next(l for l, cs in ends.items() if solution.values[cs[0]] > 0.5) for slot, ends in problem.slots.items()}
+    slots = {slot: next(layout for layout, (c,) in ends.items() if solution.values[c] > 0.5) for slot, ends in problem.slots.items()}
     return Decisions(
         problem.machine.axes,
         problem.machine.dp,
@@ -172,9 +172,10 @@ def _why_nothing_fits(regions: Regions, request: Request) -> str:
         )
     more = _ranks_that_fit(regions, request)
     cure = f"use --plan_ngpus {more}" if more else "use devices with more memory or a shorter --seq_len"
+    budget = request.budget_bytes
     return (
-        f"no plan fits: the leanest one needs {least / GIB:.1f} GiB a device and {request.hardware.name} leaves {request.budget_bytes / GIB:.1f} "
-        f"GiB after its margin, {(least - request.budget_bytes) / GIB:.1f} GiB short; {cure}, or raise --memory_gib if the device has more"
+        f"no plan fits: the leanest one needs {least / GIB:.1f} GiB a device and {request.hardware.name} leaves {budget / GIB:.1f} "
+        f"GiB after its margin, {(least - budget) / GIB:.1f} GiB short; {cure}, or raise --memory_gib if the device has more"
     )
 
 
