@@ -11,9 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from seqloom.emit.statements import Functions, Scope, group_name, placement_text, reshard_lines, statements
+from seqloom.emit.tidy import fit, tidy, with_return
 from seqloom.graph import Node
 from seqloom.plan.placement import Layout
 from seqloom.plan.plan import Plan, PlannedRegion, PlannedSegment
+
+WIDTH = 138
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,17 @@ def block_source(plan: Plan, name: str, functions: Functions, used: Scope) -> st
     for field in ("collectives", "operators"):
         getattr(used, field).update(getattr(scope, field))
     used.uses_local |= scope.uses_local
-    count = planned.region.count
-    title = f'"""{name}, {count} of them."""' if count > 1 else f'"""{name}."""'
+    title = f'"""{_block_title(planned)}"""'
     init = _init(planned, scope)
     return "\n\n".join([f"class {name}(nn.Module):\n    {title}", init, forward, *methods])
+
+
+def _block_title(planned: PlannedRegion) -> str:
+    """What the class is and what is recomputed, as a sentence."""
+    count = planned.region.count
+    head = f"One of {count} identical blocks" if count > 1 else "One block"
+    redone = [segment.segment.name for segment in planned.segments if segment.recompute]
+    return f"{head}; {', '.join(redone)} recomputed in backward." if redone else f"{head}; everything is kept for backward."
 
 
 def _init(planned: PlannedRegion, scope: Scope) -> str:
@@ -76,11 +86,11 @@ def _method(scope: Scope, segment: PlannedSegment, name: str) -> str:
     scope.variables |= {(n, scope.planned.layouts[n]): n for n in scope.graph.inputs if n in segment.segment.inputs}
     outputs = segment.segment.outputs
     lines = statements(scope, segment.clusters, segment.leaving, [o for o in outputs if o not in [r.value for r in segment.leaving]])
-    arguments = "".join(f", {n}: Tensor" for n in segment.segment.inputs)
-    returned = [_variable(scope, segment, n) for n in outputs]
-    head = f"    def {name}(self{arguments}) -> {_tensors(len(outputs))}:"
-    title = ", ".join(f"{n} {placement_text(scope, n, scope.planned.layouts[n])}" for n in segment.segment.inputs)
-    return "\n".join([head, f'        """{title}."""', *(f"        {line}" for line in lines), f"        return {', '.join(returned)}"])
+    arguments, lines = tidy(segment.segment.inputs, lines, [_variable(scope, segment, n) for n in outputs])
+    head = f"    def {name}(self{''.join(f', {n}: Tensor' for n in arguments)}) -> {_tensors(len(outputs))}:"
+    placed = [placement_text(scope, n, scope.planned.layouts[n]) for n in segment.segment.inputs]
+    title = ", ".join(f"{n} {text}" for n, text in zip(arguments, placed, strict=True))
+    return "\n".join([head, f'        """{title}."""', *fit(lines, 8, WIDTH)])
 
 
 def _variable(scope: Scope, segment: PlannedSegment, name: str) -> str:
@@ -94,18 +104,15 @@ def _tensors(count: int) -> str:
 
 def _forward(planned: PlannedRegion) -> str:
     graph = planned.region.graph
-    lines = [f"    def forward(self, {', '.join(f'{n}: Tensor' for n in graph.inputs)}) -> {_tensors(len(graph.outputs))}:"]
+    lines = []
     for segment in planned.segments:
         method = f"self.{_method_name(planned, segment)}"
         arguments = ", ".join(segment.segment.inputs)
         call = f"checkpoint({method}, {arguments}, use_reentrant=False)" if segment.recompute else f"{method}({arguments})"
-        lines.append(f"        {', '.join(segment.segment.outputs)} = {call}")
-    last = f"        {', '.join(graph.outputs)} = "
-    if lines[-1].startswith(last):
-        lines[-1] = f"        return {lines[-1].removeprefix(last)}"
-    else:
-        lines.append(f"        return {', '.join(graph.outputs)}")
-    return "\n".join(lines)
+        lines.append(f"{', '.join(segment.segment.outputs)} = {call}")
+    arguments, lines = tidy(graph.inputs, lines, graph.outputs)
+    head = f"    def forward(self, {', '.join(f'{n}: Tensor' for n in arguments)}) -> {_tensors(len(graph.outputs))}:"
+    return "\n".join([head, *fit(lines, 8, WIDTH)])
 
 
 def loops(plan: Plan) -> list[Loop]:
@@ -138,7 +145,7 @@ def model_source(plan: Plan, name: str, functions: Functions, used: Scope) -> st
     lines += ["    def __init__(self, mesh: DeviceMesh) -> None:", "        super().__init__()"]
     lines += [f"        {line}" for line in (*declarations(plan.outer), *_containers(plan), *group_lines(scope))]
     arguments = ", ".join(f"{n}: Tensor" for n in plan.outer.region.graph.inputs)
-    lines += ["", f"    def forward(self, {arguments}) -> Tensor:", *(f"        {line}" for line in body)]
+    lines += ["", f"    def forward(self, {arguments}) -> Tensor:", *fit(body, 8, WIDTH)]
     return "\n".join(lines)
 
 
@@ -165,7 +172,6 @@ def _model_body(plan: Plan, scope: Scope) -> list[str]:
     graph = plan.outer.region.graph
     ready = {n for n, v in graph.values.items() if v.kind != "activation"}
     pending, waiting = list(plan.outer.clusters), loops(plan)
-    (segment,) = plan.outer.segments
     lines: list[str] = []
     while pending or waiting:
         batch = []
@@ -184,7 +190,7 @@ def _model_body(plan: Plan, scope: Scope) -> list[str]:
             lines += _loop_lines(plan, scope, loop)
             ready.update(out for call in loop.calls for out in call.outputs)
     result = graph.outputs[0]
-    return [*lines, f"return {scope.variables[result, plan.outer.layouts[result]]}", *segment.leaving]
+    return with_return(lines, [scope.variables[result, plan.outer.layouts[result]]])
 
 
 def _loop_lines(plan: Plan, scope: Scope, loop: Loop) -> list[str]:

@@ -39,9 +39,9 @@ def program_source(plan: Plan, model_class: str, tied: Mapping[str, str], summar
 def _header(plan: Plan, summary: str) -> str:
     mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items()) or "one rank a scale unit"
     notation = (
-        "Each line ends with where its result lies and what it is predicted to take: in `[b, l@sp, d] 0.09 + 0.18 ms` the sequence l is split "
-        "over the axis sp, the rest is whole on every rank, and forward and backward take 0.09 and 0.18 ms. `sum@tp` marks a partial sum. "
-        "b batch, l sequence, d hidden, v vocabulary, h heads, k key/value heads, e head size, f the wide dimension of the MLP."
+        "Each line ends with where its result lies and what it is predicted to take: in `[b, l@sp, d] 0.09 + 0.18 ms` the sequence l is "
+        "split over the axis sp, the rest is whole on every rank, and forward and backward take 0.09 and 0.18 ms. `sum@tp` marks a partial "
+        "sum. b batch, l sequence, d hidden, v vocabulary, h heads, k key/value heads, e head size, f the wide dimension of the MLP."
     )
     paragraphs = [f"Mesh: {mesh}. ZeRO {plan.storage.zero}.", summary, notation]
     wrapped = "\n\n".join(fill(p, WIDTH - 10) for p in paragraphs)

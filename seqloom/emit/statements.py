@@ -68,7 +68,9 @@ def placement_text(scope: Scope, name: str, layout: Layout) -> str:
 
 
 def milliseconds(forward: float, backward: float) -> str:
-    """`0.09 + 0.18 ms`."""
+    """`0.09 + 0.18 ms`; nothing where it would not be seen."""
+    if forward + backward < 1e-5:
+        return ""
     return f"{forward * 1e3:.2f} + {backward * 1e3:.2f} ms"
 
 
@@ -168,8 +170,8 @@ def _cluster_lines(scope: Scope, planned: PlannedCluster) -> list[str]:
     for node in cluster.nodes:
         if ":" in node.op:
             scope.operators[node.op] = None
-    comment = f"# {', '.join(placement_text(scope, n, layouts[n]) for n in cluster.outputs)} "
-    comment += milliseconds(planned.price.forward_s, planned.price.backward_s)
+    placed = dict.fromkeys(placement_text(scope, n, layouts[n]) for n in cluster.outputs)
+    comment = f"# {', '.join(placed)} {milliseconds(planned.price.forward_s, planned.price.backward_s)}".rstrip()
     if _is_whole_module(scope, planned):
         return [f"{', '.join(cluster.outputs)} = {_function_call(scope, planned, arguments)}  {comment}"]
     lines = _assignments(scope, planned, arguments, scope.graph)

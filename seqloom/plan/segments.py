@@ -75,10 +75,10 @@ def _alive(block: Graph, parts: Sequence[Cluster], index: int) -> set[str]:
 def _segment(block: Graph, parts: Sequence[Cluster], name: str, start: int, stop: int) -> Segment:
     inside = parts[start:stop]
     made = {out for part in inside for out in part.outputs}
-    later = {n for part in parts[stop:] for n in part.inputs} | set(block.outputs)
     kinds = ("parameter", "buffer")
     inputs = tuple(dict.fromkeys(n for part in inside for n in part.inputs if n not in made and block.values[n].kind not in kinds))
-    outputs = tuple(n for part in inside for n in part.outputs if n in later)
+    used = [n for part in parts[stop:] for n in part.inputs] + list(block.outputs)
+    outputs = tuple(n for n in dict.fromkeys(used) if n in made)
     return Segment(name, start, stop, inputs, outputs, not any(_is_attention(part) for part in inside))
 
 
