@@ -15,12 +15,12 @@ Objective: seconds of one micro-batch: clusters (forward, backward, forward agai
 gradient reductions on `split` axes, exposed ZeRO traffic, the optimizer's share.
 
 Constraints: one strategy a cluster; edges agree with both ends; a parameter has one layout; kept values cover what every chosen strategy
-needs; stored + resident + kept + transient + in flight <= memory.
+needs; stored + resident + kept + transient <= memory, where a transient holds what is in flight and what recomputing brings back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 
@@ -31,6 +31,9 @@ from seqloom.plan.price import Machine, Price, move_seconds, price, view_root
 from seqloom.plan.regions import OUTER, Region, Regions
 from seqloom.plan.space import Strategy, strategies
 from seqloom.plan.storage import Storage, group_cost
+
+MEMORY_TOLERANCE = 1e-5
+"""Share of the budget that is left free: the solver keeps a constraint to about 1e-6, and a plan must never exceed the budget at all."""
 
 Ends = dict[Layout, list[int]]  # layout -> variables, one of which is 1 when the layout is used
 
@@ -285,7 +288,8 @@ def _split_axis_gradients(problem: Problem, region: Region) -> None:
 
 
 def _memory(problem: Problem) -> None:
-    program, total = problem.program, []
+    """Everything in shares of the budget, so that the solver's tolerances mean the same for a toy and for 405 billion parameters."""
+    program, unit, total = problem.program, max(problem.budget_bytes, 1.0), []
     transient = program.variable()
     for region in problem.regions.parts.values():
         root = region.key == OUTER
@@ -293,33 +297,29 @@ def _memory(problem: Problem) -> None:
         for terms in parameter_terms(problem, region).values():
             for column, numel in terms:
                 cost = group_cost(numel, problem.machine, problem.storage, root)
-                total.append((column, region.count * (cost.stored_bytes + cost.resident_bytes)))
-                in_flight.append((column, cost.in_flight_bytes))
+                total.append((column, region.count * (cost.stored_bytes + cost.resident_bytes) / unit))
+                in_flight.append((column, -cost.in_flight_bytes / unit))
         _kept_variables(problem, region)
         for index in range(len(region.parts)):
-            working = [(c, float(choice.price.working_bytes)) for c, choice in problem.of_part(region.key, index)]
-            program.constrain([(transient, 1.0), *_negative([*working, *in_flight, *_recomputed(problem, region, index)])], 0.0)
+            working = [(c, -choice.price.working_bytes / unit) for c, choice in problem.of_part(region.key, index)]
+            brought_back = [(c, -nbytes / unit) for c, nbytes in _recomputed(problem, region, index)]
+            program.constrain([(transient, 1.0), *working, *in_flight, *brought_back], 0.0)
     for (key, name, layout), column in problem.kept.items():
         region = problem.regions.parts[key]
         value = region.graph.values[name]
         nbytes = prod(local_shape(value.shape, layout, problem.machine.sizes)) * value.dtype.itemsize
-        total.append((column, region.count * float(nbytes)))
-    gib = 2.0**30  # scaled so that the solver's tolerances mean something
-    program.constrain([(c, n / gib) for c, n in [*total, (transient, 1.0)]], high=problem.budget_bytes / gib)
+        total.append((column, region.count * nbytes / unit))
+    program.constrain([*total, (transient, 1.0)], high=1.0 - MEMORY_TOLERANCE)
 
 
-def _negative(terms: Iterable[Term]) -> list[Term]:
-    return [(column, -entry) for column, entry in terms]
-
-
-def _recomputed(problem: Problem, region: Region, part: int) -> list[Term]:
+def _recomputed(problem: Problem, region: Region, part: int) -> list[tuple[int, int]]:
     """Bytes that recomputing a cluster's segment brings back while its backward runs."""
     segment = region.segment_of(part)
     if segment is None:
         return []
     span = region.segments[segment]
     found = [pair for index in range(span.start, span.stop) for pair in problem.of_part(region.key, index)]
-    return [(c, float(sum(choice.price.saved.values()))) for c, choice in found if not choice.kept]
+    return [(c, sum(choice.price.saved.values())) for c, choice in found if not choice.kept]
 
 
 def _kept_variables(problem: Problem, region: Region) -> None:
