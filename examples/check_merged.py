@@ -55,8 +55,9 @@ def main() -> None:
 def load(folder: Path) -> PreTrainedModel:
     """The model in fp32. Raises `UserError` where a key is missing, unexpected or of another shape."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, logging
 
+    logging.disable_progress_bar()
     model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[kind]:

@@ -15,12 +15,12 @@ run python create_mini_model.py --model_id llama3_8b --output_id $out/llama3_min
   --hidden_size 256 --intermediate_size 688 --num_attention_heads 8 --num_key_value_heads 4 --overwrite
 
 flags=(--name demo --model_id $out/llama3_mini --dataset_path $out/stdlib_1K --plan_ngpus 2 --runtime_ngpus 2 --hardware cpu
-  --precision fp32 --output_folder $out/programs)
+  --precision fp32 --grad_accumulation_steps 1 --output_folder $out/programs)
 
 run python train.py --run_mode compile "${flags[@]}"
 
-run torchrun --nproc_per_node=2 train.py "${flags[@]}" --max_train_steps "${STEPS:-150}" --lr 2e-3 --warmup_steps 10 --lr_schedule cosine \
-  --checkpoint_every 50 --checkpoint_dir $out/checkpoints --log_dir $out/runs
+run torchrun --nproc_per_node=2 train.py "${flags[@]}" --max_train_steps 500 --lr 1.5e-3 --warmup_steps 20 --lr_schedule linear \
+  --checkpoint_every 200 --checkpoint_dir $out/checkpoints --log_dir $out/runs
 
 run python ckpt_merger.py --ckpt_dir $out/checkpoints --output_fname $out/merged.ckpt --hf_output $out/merged_hf --dtype float32
 

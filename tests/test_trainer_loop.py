@@ -8,6 +8,8 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 from procs import run_ranks
 from tiny_job import LENGTH, ROWS, config, make_dataset, make_job
 
@@ -17,7 +19,7 @@ from seqloom.checkpoint.manifest import Manifest
 from seqloom.errors import UserError
 from seqloom.trainer import state
 from seqloom.trainer.failure import follows
-from seqloom.trainer.logging import RunLog, StepRecord, clock, plot_loss, read_log, step_line
+from seqloom.trainer.logging import RunLog, StepRecord, clock, plot_loss, read_log, running_mean, step_line
 from seqloom.trainer.loop import train_on
 from seqloom.trainer.schedule import learning_rate
 
@@ -121,6 +123,14 @@ def test_the_plot_is_a_picture(tmp_path):
     path = plot_loss(tmp_path, "a run")
     assert path == tmp_path / "loss.png"
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@given(values=st.lists(st.floats(-100, 100), min_size=1, max_size=40), width=st.integers(1, 50))
+def test_running_mean_is_the_mean_of_the_last(values, width):
+    means = running_mean(values, width)
+    assert means == pytest.approx(
+        [sum(last) / len(last) for i in range(len(values)) if (last := values[max(0, i + 1 - width) : i + 1])], abs=1e-9
+    )
 
 
 # --- state ------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ In: a `StepRecord` per step, on rank 0. Out: on the terminal a progress bar, els
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import sys
 from dataclasses import dataclass
@@ -118,7 +119,7 @@ def read_log(folder: Path) -> list[dict]:
 
 
 def plot_loss(folder: Path, title: str) -> Path:
-    """Draw `loss.png` from `log.jsonl`: loss and learning rate over the steps. Returns the file."""
+    """Draw `loss.png` from `log.jsonl`: the loss of each step, its running mean, and the learning rate. Returns the file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -127,7 +128,9 @@ def plot_loss(folder: Path, title: str) -> Path:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     loss = figure.add_subplot()
-    loss.plot(steps, [record["loss"] for record in records], color="tab:blue", linewidth=1.2)
+    values = [record["loss"] for record in records]
+    loss.plot(steps, values, color="tab:blue", linewidth=0.8, alpha=0.35)
+    loss.plot(steps, running_mean(values, 1 + len(values) // 20), color="tab:blue", linewidth=1.6)
     loss.set(title=title, xlabel="step", ylabel="loss (nats per token)")
     loss.grid(alpha=0.3)
     rate = loss.twinx()
@@ -137,6 +140,12 @@ def plot_loss(folder: Path, title: str) -> Path:
     path = folder / PLOT_FILE
     figure.savefig(path, dpi=120)
     return path
+
+
+def running_mean(values: list[float], width: int) -> list[float]:
+    """Mean of each value and of those before it, `width` at most."""
+    sums = [0.0, *itertools.accumulate(values)]
+    return [(sums[i] - sums[max(0, i - width)]) / min(i, width) for i in range(1, len(sums))]
 
 
 def _tensorboard(folder: Path, first_step: int) -> SummaryWriter:
