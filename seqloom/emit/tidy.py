@@ -22,7 +22,8 @@ def tidy(arguments: Sequence[str], lines: Sequence[str], returned: Sequence[str]
     mapping: dict[str, str] = {}
     for name in arguments:
         base = _base(name)
-        unused = base not in names and base not in mapping.values() and not _used(base, [*lines, *returned], {})
+        assigned = any(base in _split(line)[0] for line in lines)
+        unused = base not in names and base not in mapping.values() and not assigned and not _used(base, [*lines, *returned], {})
         if base != name and unused and _free(base, lines):
             mapping[name] = base
     final = [mapping.get(name, name) for name in arguments]
@@ -35,7 +36,8 @@ def tidy(arguments: Sequence[str], lines: Sequence[str], returned: Sequence[str]
         for target in targets:
             base = _base(target)
             mapping.pop(target, None)
-            if base != target and _free(base, lines) and not _used(base, rest, mapping) and base not in targets:
+            taken = base in targets or any(base in _split(other)[0] for other in rest)
+            if base != target and not taken and _free(base, lines) and not _used(base, rest, mapping):
                 mapping[target] = base
         code = f"{', '.join(mapping.get(t, t) for t in targets)} = {expression}" if targets else expression
         done.append(code + mark + comment)
@@ -62,14 +64,8 @@ def _renamed(code: str, mapping: Mapping[str, str]) -> str:
 
 
 def _used(name: str, lines: Sequence[str], mapping: Mapping[str, str]) -> bool:
-    """Whether `name` is read in any of the lines before it is assigned again, directly or as what another name now maps to."""
-    for line in lines:
-        targets, expression = _split(line)
-        if any(mapping.get(found, found) == name for found in _IDENTIFIER.findall(expression)):
-            return True
-        if name in targets:
-            return False
-    return False
+    """Whether `name` is read in any of the lines, directly or as what another name now maps to."""
+    return any(mapping.get(found, found) == name for line in lines for found in _IDENTIFIER.findall(_split(line)[1]))
 
 
 def with_return(lines: list[str], returned: Sequence[str]) -> list[str]:

@@ -25,6 +25,7 @@ from seqloom.plan.labels import ATTENTION
 from seqloom.plan.placement import Layout, Move, Placement, local_shape
 from seqloom.plan.space import Axis, Strategy
 
+LIKE = " as kept by "  # a tensor of its own, of the size of a value: `logits as kept by losses`
 MATMULS = ("aten.linear.default", "aten.matmul.default", "aten.mm.default")
 
 
@@ -188,11 +189,16 @@ def _saved(graph: Graph, cluster: Cluster, strategy: Strategy, nbytes: Mapping[s
         for side, index in saved_for_backward(node.op, node.args, dict(node.kwargs), graph.values):
             name = (node.outputs if side == "output" else node.inputs)[index]
             if side == "like_input":
-                kept[node.outputs[0], strategy.layouts[name]] = nbytes[name]
+                kept[f"{name}{LIKE}{node.outputs[0]}", strategy.layouts[name]] = nbytes[name]
             elif graph.values[name].kind not in ("parameter", "buffer"):
                 name = base.get(name, name)
                 kept[name, strategy.layouts[name]] = nbytes[name]
     return kept
+
+
+def kept_value(graph: Graph, name: str) -> Value:
+    """The value whose shape a kept tensor has."""
+    return graph.values[name.partition(LIKE)[0]]
 
 
 def view_root(graph: Graph, cluster: Cluster) -> str | None:

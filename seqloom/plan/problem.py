@@ -27,7 +27,7 @@ from math import prod
 from seqloom.cost.communication import collective_seconds
 from seqloom.plan.linear import LinearProgram, Term
 from seqloom.plan.placement import Layout, Move, local_shape, reshard_path
-from seqloom.plan.price import Machine, Price, move_seconds, price, view_root
+from seqloom.plan.price import Machine, Price, kept_value, move_seconds, price, view_root
 from seqloom.plan.regions import OUTER, Region, Regions
 from seqloom.plan.space import Strategy, strategies
 from seqloom.plan.storage import Storage, group_cost
@@ -306,7 +306,7 @@ def _memory(problem: Problem) -> None:
             program.constrain([(transient, 1.0), *working, *in_flight, *brought_back], 0.0)
     for (key, name, layout), column in problem.kept.items():
         region = problem.regions.parts[key]
-        value = region.graph.values[name]
+        value = kept_value(region.graph, name)
         nbytes = prod(local_shape(value.shape, layout, problem.machine.sizes)) * value.dtype.itemsize
         total.append((column, region.count * nbytes / unit))
     program.constrain([*total, (transient, 1.0)], high=1.0 - MEMORY_TOLERANCE)

@@ -23,6 +23,8 @@ from seqloom.plan.labels import Labels
 from seqloom.plan.placement import B, Layout, P, Placement, R, S, divides
 
 Role = Literal["sum", "split"]
+# Arithmetic on weights alone (Gemma's `1 + weight`): whole on every rank, each rank's use adds to the gradient.
+WHOLE = DimClass("whole", (), {})
 FORCES = ("dp", "sp", "tp", "tp_plain", "tp_sp")
 
 
@@ -91,11 +93,13 @@ def _placement(graph: Graph, name: str, option: DimClass | None) -> Placement:
 
 def _options(graph: Graph, cluster: Cluster, labels: Labels, axis: Axis) -> Iterator[DimClass | None]:
     parameters = [name for name in cluster.inputs if graph.values[name].kind == "parameter"]
-    for option in (None, *cluster.classes):
+    trained = [name for name in cluster.inputs if graph.values[name].requires_grad]
+    of_weights = bool(parameters) and trained == parameters and not any(graph.values[n].kind == "input" for n in cluster.inputs)
+    for option in (None, *([WHOLE] if of_weights else []), *cluster.classes):
         whole = option is not None and not any(name in option.dims for name in parameters)
         if axis.role == "sum" and parameters and not whole:
             continue
-        if axis.force is None or _allowed(graph, cluster, labels, axis.force, option):
+        if axis.force is None or of_weights or _allowed(graph, cluster, labels, axis.force, option):
             yield option
 
 
@@ -113,7 +117,8 @@ def _allowed(graph: Graph, cluster: Cluster, labels: Labels, force: str, option:
     if "weight" in kinds and linear and not cluster.nodes[0].op.startswith("aten.embedding"):
         return kind == "weight"
     if force != "tp" and not cluster.heavy and _has_parameter(graph, cluster):
-        return kind == ("l" if force == "tp_sp" else "")
+        # A norm of the residual stream has no other choice; a bias or a norm of heads may stay split between two matmuls.
+        return kind in ("l" if force == "tp_sp" else "", "weight", "other")
     return kind != "b"
 
 
