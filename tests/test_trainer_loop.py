@@ -127,10 +127,8 @@ def test_the_plot_is_a_picture(tmp_path):
 
 @given(values=st.lists(st.floats(-100, 100), min_size=1, max_size=40), width=st.integers(1, 50))
 def test_running_mean_is_the_mean_of_the_last(values, width):
-    means = running_mean(values, width)
-    assert means == pytest.approx(
-        [sum(last) / len(last) for i in range(len(values)) if (last := values[max(0, i + 1 - width) : i + 1])], abs=1e-9
-    )
+    lasts = [values[max(0, end - width) : end] for end in range(1, len(values) + 1)]
+    assert running_mean(values, width) == pytest.approx([sum(last) / len(last) for last in lasts], abs=1e-9)
 
 
 # --- state ------------------------------------------------------------------------------------------------------------
