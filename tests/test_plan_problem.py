@@ -69,7 +69,10 @@ def random_block(rng: random.Random, x: Value, extra: list[Value]) -> Graph:
     sketch = Sketch("Block")
     start = sketch.input("x", x.shape, grad=True)
     others = [sketch.input(f"extra{i}", value.shape) for i, value in enumerate(extra)]
-    out = random_body(rng, sketch, start, others, rng.choice([1, 2, 3]))
+    base = start
+    for name in others:  # every input is read: discovery finds no others
+        base = sketch.op("aten.mul.Tensor", base, name, module="a")
+    out = random_body(rng, sketch, base, others, rng.choice([1, 2, 3]) - len(others))
     if sketch.values[out].shape != x.shape:
         out = sketch.linear(out, x.shape[-1], "d")
     elif out == start:

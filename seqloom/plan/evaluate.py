@@ -14,7 +14,7 @@ from seqloom.cost.communication import collective_seconds
 from seqloom.graph import Graph
 from seqloom.plan.placement import Layout, local_shape
 from seqloom.plan.plan import Plan, PlannedCluster, PlannedRegion, PlannedSegment, Reshard
-from seqloom.plan.price import flops_of, move_wire_bytes, view_root
+from seqloom.plan.price import flops_of, kept_value, move_wire_bytes, view_root
 from seqloom.plan.regions import OUTER
 from seqloom.plan.storage import GroupCost, group_cost, group_wire_bytes
 
@@ -44,8 +44,8 @@ def evaluate(plan: Plan) -> Evaluation:
     for key, planned in plan.regions.items():
         for part, seconds in _region_time(plan, key, planned).items():
             time[part] += accumulation * planned.region.count * seconds
-    for name, reshards in plan.entering.items():
-        time["reshard"] += accumulation * sum(r.forward_s + r.backward_s for r in reshards if name)
+    for reshards in plan.entering.values():
+        time["reshard"] += accumulation * sum(r.forward_s + r.backward_s for r in reshards)
     memory = _memory(plan)
     return Evaluation(sum(time.values()), time, memory, _wire_bytes(plan), _flops(plan) * accumulation)
 
@@ -117,7 +117,7 @@ def _kept(plan: Plan, planned: PlannedRegion) -> dict[tuple[str, Layout], float]
         for key in _needs(planned, segment):
             while key in roots:
                 key = roots[key]
-            value = graph.values[key[0]]
+            value = kept_value(graph, key[0])
             kept[key] = float(prod(local_shape(value.shape, key[1], plan.machine.sizes)) * value.dtype.itemsize)
     return kept
 

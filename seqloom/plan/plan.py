@@ -102,18 +102,25 @@ class PlanMismatch(Exception):
 
 def realize(regions: Regions, decisions: Decisions, machine: Machine) -> Plan:
     """Lay decisions over a graph. Raises `PlanMismatch` where a decision is not a strategy of the cluster it is meant for."""
+    planned = {key: _region(regions, region, decisions, machine) for key, region in regions.parts.items()}
+    entering = _entering(regions, planned[OUTER], decisions, machine)
+    return Plan(_axis_names(planned, machine), machine, decisions.storage, planned, entering, decisions)
+
+
+def _entering(regions: Regions, outer: PlannedRegion, decisions: Decisions, machine: Machine) -> dict[str, tuple[Reshard, ...]]:
+    """Reshards of outer values that enter blocks: one for each layout in which some block takes the value."""
     entering: dict[str, tuple[Reshard, ...]] = {}
-    planned = {}
-    for key, region in regions.parts.items():
-        planned[key] = _region(regions, region, decisions, machine)
     graph, slot_of = regions.graph, regions.slot_of
     for node in graph.nodes:
-        if node.is_block:
-            for outer, inner in zip(node.inputs, graph.blocks[node.block].inputs, strict=True):
-                if (OUTER, outer) not in slot_of:
-                    src, dst = planned[OUTER].layouts[outer], decisions.slots[slot_of[node.block, inner]]
-                    entering[outer] = (_reshard(planned[OUTER].region, outer, src, dst, machine),) if src != dst else ()
-    return Plan(_axis_names(planned, machine), machine, decisions.storage, planned, entering, decisions)
+        if not node.is_block:
+            continue
+        for name, inner in zip(node.inputs, graph.blocks[node.block].inputs, strict=True):
+            if (OUTER, name) not in slot_of:
+                src, dst = outer.layouts[name], decisions.slots[slot_of[node.block, inner]]
+                found = entering.setdefault(name, ())
+                if src != dst and all(reshard.dst != dst for reshard in found):
+                    entering[name] = (*found, _reshard(outer.region, name, src, dst, machine))
+    return entering
 
 
 def _region(regions: Regions, region: Region, decisions: Decisions, machine: Machine) -> PlannedRegion:
