@@ -196,7 +196,7 @@ WHOLE = {"name": "whole", "plan_ngpus": 2, "max_train_steps": 6, "checkpoint_eve
 @pytest.fixture(scope="module")
 def whole(job):
     """Six steps on two ranks, checkpoints at 4 and 6."""
-    run_ranks(_train, 2, job, WHOLE)
+    run_ranks(_train, 2, job, WHOLE, timeout=240)
     return job
 
 
@@ -253,7 +253,7 @@ def _resume(rank, world_size, folder):
 
 
 def test_a_resumed_run_makes_the_same_steps(whole):
-    run_ranks(_resume, 2, whole)
+    run_ranks(_resume, 2, whole, timeout=240)
     straight = losses(whole, "straight")
     assert losses(whole, "half") == straight, "the same ranks and plan: the same numbers to the last bit"
     assert folders.steps(whole / "checkpoints/half") == [4, 6]
@@ -261,7 +261,7 @@ def test_a_resumed_run_makes_the_same_steps(whole):
 
     merge.merge(whole / "checkpoints/straight/step-4", output_fname=whole / "merged.ckpt")
     alone = {**WHOLE, "name": "alone", "plan_ngpus": 1, "lr_schedule": None, "resume_path": whole / "merged.ckpt"}
-    run_ranks(_train, 1, whole, alone)
+    run_ranks(_train, 1, whole, alone, timeout=240)
     assert losses(whole, "alone") == pytest.approx(straight[4:], abs=1e-5), "one rank, from the merged file"
 
 
@@ -291,7 +291,7 @@ def test_mistakes_are_one_sentence_on_every_rank(whole):
     make_dataset(whole / "foreign", highest=200)
     make_dataset(whole / "small", rows=ROWS // 2)
     before = sorted(path for path in (whole / "checkpoints/whole").rglob("*"))
-    first, second = run_ranks(_refused, 2, whole)
+    first, second = run_ranks(_refused, 2, whole, timeout=240)
     assert first == second
     parts = {
         "old run": "checkpoints of an earlier run, up to step 6",

@@ -29,7 +29,7 @@ from seqloom.runtime.optimizer import build_optimizer
 from seqloom.runtime.program import Program, load_program
 from seqloom.runtime.step import TrainStep
 from seqloom.trainer.config import TrainConfig
-from seqloom.trainer.start import check_folders, choose_weights
+from seqloom.trainer.start import check_folders, check_world_size, choose_weights
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -68,6 +68,7 @@ def build(config: TrainConfig, device: torch.device, say: Callable[[str], None])
     if config.compile.dataset_path is None:
         raise UserError("training needs data: give --dataset_path a folder made by bookcorpus.py")
     request = config.compile.request()
+    check_world_size(dist.get_world_size(), request.runtime_ngpus)
     hf_config = resolve_config(request.model_id)
     weights = choose_weights(request.model_id, config.init)
     dataset = open_dataset(config.compile.dataset_path)
@@ -79,7 +80,7 @@ def build(config: TrainConfig, device: torch.device, say: Callable[[str], None])
     model = materialize(program, mesh, hf_config, weights=weights, seed=config.seed, device=device, compute_dtype=compute)
     settings = config.optimizer
     optimizer = build_optimizer(model, settings.lr, settings.betas, settings.weight_decay)
-    rows = request.dp * request.grad_accumulation_steps * request.micro_batch_size
+    loader = _loader(request, dataset, config.seed, mesh.get_local_rank(DP))
     return Run(
         config=config,
         program_folder=program_folder,
@@ -90,20 +91,18 @@ def build(config: TrainConfig, device: torch.device, say: Callable[[str], None])
         hf_config=hf_config,
         weights=weights,
         dataset=dataset,
-        loader=Loader(
-            dataset,
-            config.seed,
-            rows,
-            mesh.get_local_rank(DP),
-            request.dp,
-            request.micro_batch_size,
-            request.grad_accumulation_steps,
-        ),
+        loader=loader,
         model=model,
         optimizer=optimizer,
         train_step=TrainStep(model, program, mesh, optimizer, device, settings.max_grad_norm or None),
-        total_steps=config.total_steps(dataset.rows, rows),
+        total_steps=config.total_steps(dataset.rows, loader.batch_size_global),
     )
+
+
+def _loader(request: CompileRequest, dataset: PackedDataset, seed: int, dp_rank: int) -> Loader:
+    """The data of one scale unit."""
+    rows = request.dp * request.grad_accumulation_steps * request.micro_batch_size
+    return Loader(dataset, seed, rows, dp_rank, request.dp, request.micro_batch_size, request.grad_accumulation_steps)
 
 
 def _prepare(

@@ -26,7 +26,7 @@ from seqloom.trainer.failure import first_failure_speaks
 from seqloom.trainer.final import write_final
 from seqloom.trainer.logging import RunLog, StepRecord, plot_loss
 from seqloom.trainer.schedule import learning_rate
-from seqloom.trainer.start import check_later_checkpoints, check_world_size, choose_device_type, prepare_process
+from seqloom.trainer.start import check_later_checkpoints, choose_device_type, prepare_process
 from seqloom.trainer.state import restore_random_state, seed_random_state, training_state
 from seqloom.trainer.summary import measured_mfu, summary
 from seqloom.trainer.usage import peak_memory_gib, slowest_and_fullest
@@ -52,7 +52,6 @@ def train(config: TrainConfig) -> None:
 
 def train_on(config: TrainConfig, device: torch.device) -> None:
     """The whole training on this rank of a job that all ranks have joined. Raises `UserError` on every rank that finds a mistake."""
-    check_world_size(dist.get_world_size(), config.compile.runtime_ngpus)
     run = build(config, device, _say)
     progress = _start(run)
     _say(summary(run, progress.step))
