@@ -171,5 +171,5 @@ def parse_decisions(document: Mapping[str, Any]) -> Decisions:
             recompute={key: tuple(flags) for key, flags in document["recompute"].items()},
             slots={slot: parse_layout(text) for slot, text in document["slots"].items()},
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"plan.json has no readable decisions ({error}): compile again") from error
