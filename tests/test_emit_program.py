@@ -97,6 +97,23 @@ def test_lines_say_where_their_results_lie(llama):
     assert not missing
 
 
+def test_an_operator_named_like_a_value_is_imported_under_another_name(tmp_path, monkeypatch):
+    (tmp_path / "my_losses.py").write_text(
+        "from chunk_linear_cross_entropy import chunk_linear_cross_entropy as plain\nfrom seqloom.ops import register_op\n\n"
+        "@register_op('b l d^, n^ d^, b l -> b l')\ndef loss(hidden, weight, labels, padding_idx, chunk_size=8):\n"
+        "    return plain(hidden, weight, labels, padding_idx, chunk_size)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    captured = capture(FAMILIES["llama"](2), batch_size=1, seq_len=32, dtype=torch.float64, loss="my_losses:loss", loss_chunk=16)
+    hardware = load_hardware("cpu")
+    regions = build_regions(captured.graph)
+    decisions, _ = solve(regions, Request(1, 1, 1, hardware, 8))
+    plan = realize(regions, decisions, Machine(hardware, decisions.axes, 1))
+    text = program_source(plan, captured.model_class, captured.tied, "A summary.")
+    assert "from my_losses import loss as my_losses_loss" in text
+    assert "losses = my_losses_loss(norm, " in text
+
+
 def test_the_compiler_is_not_imported(llama):
     imported = [node.module for node in ast.walk(ast.parse(llama)) if isinstance(node, ast.ImportFrom)]
     assert not [m for m in imported if m.startswith(("seqloom.plan", "seqloom.emit", "seqloom.capture", "seqloom.cost"))]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,10 +32,14 @@ class Expression:
 
 @dataclass(frozen=True)
 class Context:
-    """What spelling a node may need beyond its arguments: the graph and the local shape of each value."""
+    """What spelling a node may need beyond its arguments.
+
+    `shapes` are local shapes; `operators` the names under which registered functions are imported ("module:function" -> name).
+    """
 
     graph: Graph
     shapes: Mapping[str, tuple[int, ...]]
+    operators: Mapping[str, str] = field(default_factory=dict)
 
 
 def constant(value: Any) -> str:
@@ -54,7 +58,7 @@ def spell(node: Node, arguments: Mapping[str, Expression], context: Context) -> 
         found = _SPELLINGS[node.op](node, arguments, context)
         if found is not None:
             return found
-    name = node.op.partition(":")[2] if ":" in node.op else f"torch.ops.{node.op}"
+    name = context.operators.get(node.op, node.op.partition(":")[2]) if ":" in node.op else f"torch.ops.{node.op}"
     parts = [_argument(item, arguments) for item in node.args]
     parts += [f"{key}={_argument(item, arguments)}" for key, item in node.kwargs]
     return Expression(f"{name}({', '.join(parts)})")

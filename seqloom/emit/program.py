@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from textwrap import fill
 
 from seqloom.emit.layers import block_source, model_source
-from seqloom.emit.statements import Functions, Scope
+from seqloom.emit.statements import Functions, Scope, operator_names
 from seqloom.errors import UserError
 from seqloom.plan.placement import Layout
 from seqloom.plan.plan import Plan, PlannedRegion
@@ -21,7 +21,8 @@ WIDTH = 140
 
 def program_source(plan: Plan, model_class: str, tied: Mapping[str, str], summary: str) -> str:
     """Source of the program. `summary` is a paragraph for the module docstring; `tied` maps aliases to the parameters they share."""
-    functions, used = Functions(), Scope(plan, plan.outer, Functions())
+    functions = Functions(operators=operator_names(plan.outer.region.graph))
+    used = Scope(plan, plan.outer, functions)
     blocks = [name for name in plan.regions if name]
     classes = [block_source(plan, name, functions, used) for name in blocks]
     model = model_source(plan, model_class, functions, used)
@@ -61,7 +62,8 @@ def _imports(plan: Plan, used: Scope, body: str, recomputes: bool) -> str:
     by_module: dict[str, list[str]] = {}
     for operator in used.operators:
         module, name = operator.split(":")
-        by_module.setdefault(module, []).append(name)
+        own = used.functions.operators[operator]
+        by_module.setdefault(module, []).append(name if own == name else f"{name} as {own}")
     if used.collectives:
         by_module["seqloom.runtime.collectives"] = list(used.collectives)
     if "axis_group(" in body:

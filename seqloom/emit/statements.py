@@ -21,9 +21,12 @@ INLINE_WIDTH = 72
 
 @dataclass
 class Functions:
-    """Functions that stand for whole modules of the original model: source by name, written once however often they are called."""
+    """What the program's methods call: functions that stand for whole modules of the original, written once however often they are
+    called (`sources`), and registered functions under the names that they are imported by (`operators`).
+    """
 
     sources: dict[str, str] = field(default_factory=dict)
+    operators: Mapping[str, str] = field(default_factory=dict)
 
     def add(self, base: str, source: str) -> str:
         """Name of the function with this source (`{name}` in it stands for the name), a new one if it was not there."""
@@ -51,6 +54,19 @@ class Scope:
     def graph(self) -> Graph:
         """The region's graph."""
         return self.planned.region.graph
+
+
+def operator_names(graph: Graph) -> dict[str, str]:
+    """Names to import registered functions by: their own, with the module's in front where a value or another function has that name."""
+    graphs = [graph, *graph.blocks.values()]
+    taken = {name for part in graphs for name in part.values}
+    found: dict[str, str] = {}
+    for op in sorted({node.op for part in graphs for node in part.nodes if ":" in node.op and not node.is_block}):
+        module, _, name = op.partition(":")
+        own = name if name not in taken else f"{module.replace('.', '_')}_{name}"
+        taken.add(own)
+        found[op] = own
+    return found
 
 
 def placement_text(scope: Scope, name: str, layout: Layout) -> str:
@@ -189,7 +205,7 @@ def _assignments(scope: Scope, planned: PlannedCluster, arguments: dict[str, Exp
     cluster = planned.cluster
     sizes = scope.plan.machine.sizes
     shapes = {n: local_shape(graph.values[n].shape, planned.strategy.layouts[n], sizes) for n in cluster.values}
-    context = Context(graph, shapes)
+    context = Context(graph, shapes, scope.functions.operators)
     uses = [name for node in cluster.nodes for name in node.inputs]
     lines = []
     for node in cluster.nodes:
