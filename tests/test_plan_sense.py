@@ -110,7 +110,7 @@ def test_8b_at_128k_keeps_what_80_gb_can_keep(long_8b):
 
 
 def test_a_short_batch_of_8_is_split_by_sequences():
-    _, plan, found, _ = planned(real("llama3_1b", 512, 8), request(8))
+    _, plan, found, _ = planned(real("llama3_1b", 512, 8), request(8, zero=3))
     assert "dp_shard" in plan.mesh, plan.mesh
     assert found.wire_bytes.get("all_to_all", 0) == 0
 
@@ -123,7 +123,7 @@ def test_slow_links_and_one_sequence_still_prefer_splitting_long_sequences():
 def test_an_impossible_request_is_one_sentence_with_the_cure():
     regions = real("llama3_8b", 1048576)
     with pytest.raises(UserError) as caught:
-        solve(regions, request(1, H100.with_memory_gib(24)))
+        solve(regions, request(1, H100.with_memory_gib(24), zero=3))
     text = str(caught.value)
     assert text.startswith("no plan fits: the leanest one needs ") and "\n" not in text
     assert "leaves 22.4 GiB after its margin" in text and "GiB short" in text

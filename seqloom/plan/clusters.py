@@ -10,7 +10,7 @@ In: a `Graph` without block calls (a block, or the outer graph, whose block call
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from seqloom.graph import Graph, Node
@@ -19,6 +19,8 @@ HEAVY = frozenset(
     f"aten.{name}"
     for name in ("linear.default", "matmul.default", "mm.default", "bmm.default", "embedding.default", "cross_entropy_loss.default")
 )
+
+Item = tuple[str, int]  # a dimension of a value
 
 
 @dataclass(frozen=True)
@@ -134,15 +136,15 @@ def _cluster(graph: Graph, nodes: list[Node], used_outside: set[str]) -> Cluster
 
 def _classes(graph: Graph, nodes: list[Node]) -> tuple[DimClass, ...]:
     """Join the splits of all nodes wherever they touch the same dimension of the same value; drop what any node forbids."""
-    parent: dict[tuple[str, int], tuple[str, int]] = {}
+    parent: dict[Item, Item] = {}
 
-    def find(item: tuple[str, int]) -> tuple[str, int]:
+    def find(item: Item) -> Item:
         while parent.setdefault(item, item) != item:
             item = parent[item]
         return item
 
-    frozen: set[tuple[str, int]] = set()
-    facts: list[tuple[tuple[str, int], int, tuple[str, ...], str]] = []
+    frozen: set[Item] = set()
+    facts: list[tuple[Item, int, tuple[str, ...], str]] = []
     for node in nodes:
         free: set[tuple[str, int]] = set()
         for split in node.bound.splits():
@@ -158,8 +160,14 @@ def _classes(graph: Graph, nodes: list[Node]) -> tuple[DimClass, ...]:
     return _collect(nodes, parent, find, frozen, facts)
 
 
-def _collect(nodes, parent, find, frozen, facts) -> tuple[DimClass, ...]:
-    members: dict[tuple[str, int], list[tuple[str, int]]] = {}
+def _collect(
+    nodes: list[Node],
+    parent: Mapping[Item, Item],
+    find: Callable[[Item], Item],
+    frozen: set[Item],
+    facts: list[tuple[Item, int, tuple[str, ...], str]],
+) -> tuple[DimClass, ...]:
+    members: dict[Item, list[Item]] = {}
     for item in parent:
         members.setdefault(find(item), []).append(item)
     built = []

@@ -145,7 +145,15 @@ def _workspace(node: Node, shapes: Mapping[str, tuple[int, ...]]) -> int:
     return workspace_bytes(node.op, node.args, dict(node.kwargs), sizes)
 
 
-def _seconds(graph, cluster, shapes, nbytes, pieces, hardware) -> tuple[float, float]:
+def _seconds(
+    graph: Graph,
+    cluster: Cluster,
+    shapes: Mapping[str, tuple[int, ...]],
+    nbytes: Mapping[str, int],
+    pieces: int,
+    hardware: Hardware,
+) -> tuple[float, float]:
+    """Forward and backward seconds of a cluster at its local sizes."""
     node = cluster.nodes[0]
     trained = any(graph.values[name].requires_grad for name in cluster.outputs)
     if node.op in MATMULS:
