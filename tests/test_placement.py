@@ -8,7 +8,7 @@ from zlib import crc32
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from seqloom.plan.placement import B, Layout, Move, P, Placement, R, S, cached_moves, divides, local_shape, reshard_path
@@ -249,8 +249,9 @@ def brute_force(src: Layout, dst: Layout, sizes: tuple[int, ...], cost) -> float
     return best[dst]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(journeys(), st.integers(0, 2**16))
+@example(((1, 1), (S(2), P), (B, S(1))), 12268)  # six moves are the cheapest
 def test_the_cost_is_that_of_the_shortest_path(journey, seed):
     sizes, src, dst = journey
     memo: dict = {}

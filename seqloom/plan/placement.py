@@ -113,7 +113,7 @@ def reshard_path(
         spent, _, layout, path = heapq.heappop(frontier)
         if layout == dst:
             return spent, path
-        if layout in settled or len(path) > 2 * len(sizes):
+        if layout in settled:
             continue
         settled.add(layout)
         for move in cached_moves(shape, sizes, layout, dims):
