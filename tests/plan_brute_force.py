@@ -197,11 +197,12 @@ class BruteForce:
     # --- bytes ---
 
     def peak_bytes(self, at: Combination) -> float:
-        """Stored + resident + kept + the largest backward: the left side of the memory constraint."""
-        total, transient = 0.0, 0.0
+        """The larger of stored + resident + kept + the largest backward, and stored + resident + what the end of backward adds."""
+        total, transient, ending = 0.0, 0.0, 0.0
         for key, region in self.regions.parts.items():
             groups = [self._group(region, numel) for numel in self._numels(region, at)]
             total += region.count * sum(g.stored_bytes + g.resident_bytes for g in groups)
+            ending += region.count * sum(g.stored_bytes + g.resident_bytes + g.ending_bytes for g in groups)
             total += region.count * sum(self._kept(region, at).values())
             for index in range(len(region.parts)):
                 working = self.prices[key, index][at.strategy[key, index]].working_bytes
@@ -210,7 +211,7 @@ class BruteForce:
                     span = range(region.segments[segment].start, region.segments[segment].stop)
                     working += sum(sum(self.prices[key, i][at.strategy[key, i]].saved.values()) for i in span)
                 transient = max(transient, working + sum(g.in_flight_bytes for g in groups))
-        return total + transient
+        return max(total + transient, ending)
 
     def _kept(self, region: Region, at: Combination) -> dict[tuple[str, Layout], int]:
         roots = {}

@@ -47,6 +47,7 @@ def plan_document(plan: Plan, evaluation: Evaluation, solver: SolverReport, timi
         "memory_limit_gib": plan.machine.hardware.usable_bytes / GIB,
         "comm_bytes": dict(evaluation.wire_bytes),
         "blocks": {key or "model": _region_rows(plan, planned) for key, planned in plan.regions.items()},
+        "repeated": repeated_work(plan),
         "segments": {key: _segment_rows(planned) for key, planned in plan.regions.items() if key},
         "solver": {
             "status": solver.status,
@@ -77,6 +78,19 @@ def _mfu(plan: Plan, evaluation: Evaluation, ranks: int) -> tuple[float, float]:
     available = evaluation.step_s * ranks * plan.machine.hardware.peak(dtype)
     causal = 3 * evaluation.flops
     return causal / available, (causal + 3 * attention * plan.storage.accumulation) / available
+
+
+def repeated_work(plan: Plan) -> dict[str, float]:
+    """Axis -> share of the compute that every rank of the axis repeats, for axes where it is more than a tenth."""
+    total = 0.0
+    repeated = dict.fromkeys(plan.mesh, 0.0)
+    for planned in plan.regions.values():
+        for cluster in planned.clusters:
+            seconds = planned.region.count * (cluster.price.forward_s + cluster.price.backward_s)
+            total += seconds
+            for axis, split in zip(plan.mesh, cluster.strategy.splits, strict=True):
+                repeated[axis] += 0.0 if split else seconds
+    return {axis: seconds / total for axis, seconds in repeated.items() if seconds > 0.1 * total}
 
 
 def layout_text(layout: Layout) -> str:

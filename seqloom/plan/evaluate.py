@@ -87,20 +87,25 @@ def _split_axis_gradients(plan: Plan, planned: PlannedRegion) -> float:
 
 
 def _memory(plan: Plan) -> dict[str, float]:
-    """Bytes on one rank at the peak, by part: stored state, what stays gathered, what is kept for backward, the largest backward."""
+    """Bytes on one rank at the peak, by part: stored state, what stays gathered, what is kept for backward, the largest backward.
+
+    The peak is where the backward of some segment begins with everything kept, or at the end, when all gradients are there instead.
+    """
     memory = {"states": 0.0, "gathered": 0.0, "activations": 0.0, "working": 0.0}
-    working = 0.0
+    working = ending = 0.0
     for key, planned in plan.regions.items():
         group = _group(plan, key, planned)
         memory["states"] += planned.region.count * group.stored_bytes
         memory["gathered"] += planned.region.count * group.resident_bytes
+        ending += planned.region.count * group.ending_bytes
         memory["activations"] += planned.region.count * sum(_kept(plan, planned).values())
         for segment in planned.segments:
             brought_back = sum(sum(c.price.saved.values()) for c in segment.clusters) if segment.recompute else 0
             largest = max((c.price.working_bytes for c in segment.clusters), default=0)
             working = max(working, group.in_flight_bytes + brought_back + largest)
-    memory["working"] = working
-    return memory
+    if ending > memory["activations"] + working:
+        return {**memory, "activations": 0.0, "working": ending}
+    return {**memory, "working": working}
 
 
 def _kept(plan: Plan, planned: PlannedRegion) -> dict[tuple[str, Layout], float]:

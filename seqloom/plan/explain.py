@@ -34,6 +34,8 @@ def explain(plan: Mapping[str, Any]) -> Iterator[str]:
     parts = ", ".join(f"{part} {gib:.2f}" for part, gib in memory.items() if part != "total")
     yield f"memory in GiB: {memory['total']:.2f} of {plan['memory_limit_gib']:.2f} ({parts})"
     yield "sent a step:   " + (", ".join(f"{kind} {count / 1e9:.2f} GB" for kind, count in plan["comm_bytes"].items()) or "nothing")
+    for axis, share in plan["repeated"].items():
+        yield f"repeated:      {share:.0%} of the compute runs whole on every rank of {axis}"
     solver = plan["solver"]
     yield (
         f"solver:        {solver['status']}, gap {solver['gap']:.1e}, {solver['programs']} programs of up to "

@@ -15,7 +15,8 @@ Objective: seconds of one micro-batch: clusters (forward, backward, forward agai
 gradient reductions on `split` axes, exposed ZeRO traffic, the optimizer's share.
 
 Constraints: one strategy a cluster; edges agree with both ends; a parameter has one layout; kept values cover what every chosen strategy
-needs; stored + resident + kept + transient <= memory, where a transient holds what is in flight and what recomputing brings back.
+needs; where backward begins stored + resident + kept + transient <= memory (a transient holds what is in flight and what recomputing
+brings back), and where it ends stored + resident + what its end adds <= memory.
 """
 
 from __future__ import annotations
@@ -289,7 +290,9 @@ def _split_axis_gradients(problem: Problem, region: Region) -> None:
 
 def _memory(problem: Problem) -> None:
     """Everything in shares of the budget, so that the solver's tolerances mean the same for a toy and for 405 billion parameters."""
-    program, unit, total = problem.program, max(problem.budget_bytes, 1.0), []
+    program, unit = problem.program, max(problem.budget_bytes, 1.0)
+    total: list[Term] = []
+    ending: list[Term] = []
     transient = program.variable()
     for region in problem.regions.parts.values():
         root = region.key == OUTER
@@ -299,6 +302,7 @@ def _memory(problem: Problem) -> None:
                 cost = group_cost(numel, problem.machine, problem.storage, root)
                 total.append((column, region.count * (cost.stored_bytes + cost.resident_bytes) / unit))
                 in_flight.append((column, -cost.in_flight_bytes / unit))
+                ending.append((column, region.count * (cost.stored_bytes + cost.resident_bytes + cost.ending_bytes) / unit))
         _kept_variables(problem, region)
         for index in range(len(region.parts)):
             working = [(c, -choice.price.working_bytes / unit) for c, choice in problem.of_part(region.key, index)]
@@ -310,6 +314,7 @@ def _memory(problem: Problem) -> None:
         nbytes = prod(local_shape(value.shape, layout, problem.machine.sizes)) * value.dtype.itemsize
         total.append((column, region.count * nbytes / unit))
     program.constrain([*total, (transient, 1.0)], high=1.0 - MEMORY_TOLERANCE)
+    program.constrain(ending, high=1.0 - MEMORY_TOLERANCE)
 
 
 def _recomputed(problem: Problem, region: Region, part: int) -> list[tuple[int, int]]:

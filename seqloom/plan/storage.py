@@ -20,8 +20,9 @@ from seqloom.cost.communication import CollectiveKind, collective_seconds, wire_
 from seqloom.cost.compute import bandwidth_seconds
 from seqloom.plan.price import Machine
 
-STATE_BYTES = 16  # fp32 master 4, gradient 4, Adam's moments 8
+STATE_BYTES = 12  # fp32 master 4, Adam's moments 8
 FP32 = 4
+OPTIMIZER_TRAFFIC = 28  # bytes an element: AdamW reads master, gradient and moments, writes master and moments
 ZERO_LEVELS = (3, 1, 0)
 
 
@@ -38,9 +39,10 @@ class Storage:
 class GroupCost:
     """One FSDP group (a block, or the rest of the model) per micro-batch: bytes on one rank, seconds that may hide behind compute."""
 
-    stored_bytes: float
+    stored_bytes: float  # masters and moments, and reduced gradients where they outlive a micro-batch
     resident_bytes: float  # gathered parameters and unreduced gradients that stay for the whole step
-    in_flight_bytes: float  # the same while one block runs, where they do not stay
+    in_flight_bytes: float  # what comes and goes while the group's backward runs
+    ending_bytes: float  # what the end of backward adds, when every activation is gone: gradients, the root's reduction
     forward_s: float
     backward_s: float
     optimizer_s: float
@@ -50,15 +52,19 @@ def group_cost(numel: float, machine: Machine, storage: Storage, root: bool) -> 
     """Cost of storing `numel` elements (one rank's piece after tensor parallelism) under a ZeRO level. Linear in `numel`."""
     span = machine.sum_span()
     ranks = span.size if storage.zero else 1
-    stored = STATE_BYTES * numel / ranks
+    gradients = FP32 * numel / ranks
+    persists = storage.accumulation > 1
+    stored = STATE_BYTES * numel / ranks + (gradients if persists else 0.0)
     gathered, reduced = storage.itemsize * numel, FP32 * numel
     stays = storage.zero != 3 or root
     delayed = FP32 * numel if storage.zero != 3 and storage.accumulation > 1 else 0.0
     resident = (gathered if stays else 0.0) + delayed
-    in_flight = (0.0 if stays else 2 * gathered) + gathered + 2 * reduced  # next block's gather; gradients; reduction's input and output
+    # The root's gradients wait for the end; a block's are reduced while the next block is gathered and differentiated.
+    in_flight = gathered if root else (0.0 if stays else 2 * gathered) + gathered + reduced + gradients
+    ending = (0.0 if persists else gradients) + (gathered + reduced if root else 0.0)
     forward, backward = _seconds(gathered, reduced, machine, storage, root)
-    optimizer = bandwidth_seconds(machine.hardware, 1.75 * stored) / storage.accumulation
-    return GroupCost(stored, resident, in_flight, forward, backward, optimizer)
+    optimizer = bandwidth_seconds(machine.hardware, OPTIMIZER_TRAFFIC * numel / ranks) / storage.accumulation
+    return GroupCost(stored, resident, in_flight, ending, forward, backward, optimizer)
 
 
 def _seconds(gathered: float, reduced: float, machine: Machine, storage: Storage, root: bool) -> tuple[float, float]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from safetensors.torch import load_file, save_file
 
 from seqloom.capture import capture
 from seqloom.cost.hardware import load_hardware
@@ -80,19 +81,21 @@ def _config(settings: dict[str, Any]) -> PretrainedConfig:
 def verify_decisions(config: PretrainedConfig, decisions: Decisions, *, batch: int, accumulation: int, units: int, loss: str) -> Difference:
     """Lay decisions over a shrunken model, run it on processes and compare. See `verify`."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     plan_ranks = prod(axis.size for axis in decisions.axes)
     small = shrink(config, plan_ranks)
     batches = [random_batches(small, batch, 8 * max(plan_ranks, 4), accumulation, seed) for seed in range(units)]
     with tempfile.TemporaryDirectory(prefix="seqloom-verify-") as place:
-        folder, weights, result = Path(place) / "program", Path(place) / "weights", Path(place) / "result.pt"
+        folder, weights, result = Path(place) / "program", Path(place) / "weights", Path(place) / "result.safetensors"
         folder.mkdir()
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(small, dtype=torch.float64).save_pretrained(weights)
         write_program(small, decisions, folder, batch=batch, seq_len=8 * max(plan_ranks, 4), loss=loss)
         job = (units * plan_ranks, str(Path(place) / "store"), folder, small, weights, batches, result)
         torch.multiprocessing.spawn(_rank, job, nprocs=units * plan_ranks)
-        found = torch.load(result, weights_only=True)
+        found = load_file(result)
         true_loss, true_gradients = original_gradients(small, weights, batches)
     return compare(found.pop("loss").item(), found, true_loss, true_gradients)
 
@@ -116,5 +119,5 @@ def _rank(rank: int, world: int, store: str, folder: Path, config: PretrainedCon
     dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=TIMEOUT)
     loss, gradients = program_gradients(folder, config, weights, batches)
     if rank == 0:
-        torch.save({"loss": torch.tensor(loss, dtype=torch.float64), **gradients}, result)
+        save_file({"loss": torch.tensor(loss, dtype=torch.float64), **{n: g.contiguous() for n, g in gradients.items()}}, result)
     dist.destroy_process_group()

@@ -19,3 +19,7 @@ def compile_only(config: CompileConfig) -> None:
     compiled = compile_program(request)
     print(f"wrote {compiled.folder}")
     print(f"predicted: {prediction_line(compiled.plan)}")
+    for axis, share in compiled.plan["repeated"].items():
+        print(
+            f"note: {share:.0%} of the compute is repeated by all {compiled.plan['mesh'][axis]} ranks of {axis}: splitting it would not pay"
+        )
