@@ -19,7 +19,7 @@ flags=(--name demo --model_id $out/llama3_mini --dataset_path $out/stdlib_1K --p
 
 run python train.py --run_mode compile "${flags[@]}"
 
-run torchrun --nproc_per_node=2 train.py "${flags[@]}" --max_train_steps 500 --lr 1e-3 --warmup_steps 20 --lr_schedule linear \
+run torchrun --nproc_per_node=2 train.py "${flags[@]}" --max_train_steps 400 --lr 1e-3 --warmup_steps 20 --lr_schedule linear \
   --checkpoint_every 200 --checkpoint_dir $out/checkpoints --log_dir $out/runs
 
 run python ckpt_merger.py --ckpt_dir $out/checkpoints --output_fname $out/merged.ckpt --hf_output $out/merged_hf --dtype float32
