@@ -101,3 +101,11 @@ def test_subtraction_and_division_bind_to_the_left():
     assert spell(node, inner, context).text == "a - (c - d)"
     node = Node("aten.div.Tensor", (Ref("a"), Ref("b")), (), ("out",), None)
     assert spell(node, {"a": Expression("a"), "b": Expression("c * d", PRODUCT)}, context).text == "a / (c * d)"
+
+
+def test_a_rank_with_one_head_splits_the_dimension_that_holds_the_heads():
+    """8 heads over 8 ranks: locally 128 -> (1, 128) could as well be a new dimension of one beside the sequence."""
+    values = {"x": Value("x", (1, 64, 1024), torch.float32), "out": Value("out", (1, 64, 8, 128), torch.float32)}
+    node = Node("aten.reshape.default", (Ref("x"), (1, 64, 8, 128)), (), ("out",), None)
+    context = Context(Graph("g", values, (node,), ("x",), ("out",)), {"x": (1, 64, 128), "out": (1, 64, 1, 128)})
+    assert spell(node, {"x": Expression("x")}, context).text == "x.unflatten(2, (-1, 128))"

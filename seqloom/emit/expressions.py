@@ -162,13 +162,14 @@ def _cat(node: Node, arguments: Mapping[str, Expression], context: Context) -> E
 def _reshape(node: Node, arguments: Mapping[str, Expression], context: Context) -> Expression:
     """`flatten` or `unflatten` where the change is just that (then no size of this rank is written down), else `reshape`."""
     owner = arguments[node.inputs[0]].at(ATOM)
-    before, after = context.shapes[node.inputs[0]], context.shapes[node.outputs[0]]
+    values, local = context.graph.values, context.shapes[node.outputs[0]]
+    before, after = values[node.inputs[0]].shape, values[node.outputs[0]].shape  # global: a rank's own sizes may fit several ways
     for dim in range(max(len(before), 1)):
         if len(after) == len(before) + 1 and before[:dim] == after[:dim] and before[dim + 1 :] == after[dim + 2 :]:
-            return Expression(f"{owner}.unflatten({dim}, (-1, {after[dim + 1]}))")
+            return Expression(f"{owner}.unflatten({dim}, (-1, {local[dim + 1]}))")
         if len(before) == len(after) + 1 and before[:dim] == after[:dim] and before[dim + 2 :] == after[dim + 1 :]:
             return Expression(f"{owner}.flatten({dim}, {dim + 1})" if dim + 2 < len(before) else f"{owner}.flatten({dim})")
-    return Expression(f"{owner}.reshape({', '.join(map(str, after))})")
+    return Expression(f"{owner}.reshape({', '.join(map(str, local))})")
 
 
 def _expand(node: Node, arguments: Mapping[str, Expression], context: Context) -> Expression:
