@@ -303,7 +303,8 @@ def test_axes_are_named_for_what_they_split():
 
 def test_sizes_that_do_not_divide_are_named_as_the_cause():
     for force in ("sp5", "dp5", "tp5", "sp4"):  # 16 tokens, 2 sequences, 4 query and 2 key/value heads
-        text = rf"no way to split .* with --force {force}: its sequence length, heads or batch do not divide .*; change --seq_len, --micro"
+        facts = "sequence length 16, batch 2, 4 query heads, 2 key/value heads"
+        text = rf"no way to split .* with --force {force}: what is split must divide by .*{facts}; change --seq_len, --micro"
         with pytest.raises(UserError, match=text):
             solve(tiny(), request(int(force[2:]), force=force))
 

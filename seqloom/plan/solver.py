@@ -20,6 +20,7 @@ from math import prod
 
 from seqloom.cost.hardware import Hardware
 from seqloom.errors import UserError
+from seqloom.plan.labels import ATTENTION
 from seqloom.plan.linear import Solution
 from seqloom.plan.placement import Layout
 from seqloom.plan.price import Machine
@@ -165,17 +166,29 @@ def _why_nothing_fits(regions: Regions, request: Request) -> str:
     """The sentence for a request without a plan: what is missing, by how much, and the nearest change that fits."""
     least = _least_memory(regions, request)
     if least is None:
-        asked = f" with --force {request.force}" if request.force else ""
-        return (
-            f"no way to split this model over {request.ranks} ranks{asked}: its sequence length, heads or batch do not divide by the sizes "
-            f"of the mesh; change --seq_len, --micro_batch_size or --plan_ngpus so that they do"
-        )
+        return _why_nothing_divides(regions, request)
     more = _ranks_that_fit(regions, request)
     cure = f"use --plan_ngpus {more}" if more else "use devices with more memory or a shorter --seq_len"
     budget = request.budget_bytes
     return (
         f"no plan fits: the leanest one needs {least / GIB:.1f} GiB a device and {request.hardware.name} leaves {budget / GIB:.1f} "
         f"GiB after its margin, {(least - budget) / GIB:.1f} GiB short; {cure}, or raise --memory_gib if the device has more"
+    )
+
+
+def _why_nothing_divides(regions: Regions, request: Request) -> str:
+    """The sentence for a mesh whose sizes do not cut the model into equal pieces."""
+    graph = regions.graph
+    batch, seq_len = graph.values[graph.inputs[0]].shape
+    sizes = f"sequence length {seq_len}, batch {batch}"
+    for part in regions.parts.values():
+        for node in (node for cluster in part.parts for node in cluster.nodes if node.op == ATTENTION):
+            query, key = (part.graph.values[name].shape[1] for name in node.inputs[:2])
+            sizes = f"sequence length {seq_len}, batch {batch}, {query} query heads, {key} key/value heads"
+    asked = f" with --force {request.force}" if request.force else ""
+    return (
+        f"no way to split this model over {request.ranks} ranks{asked}: what is split must divide by the size of its mesh axis, and "
+        f"there are {sizes}; change --seq_len, --micro_batch_size or --plan_ngpus so that they divide"
     )
 
 

@@ -7,6 +7,7 @@ one for each rank of the plan; loss and every gradient must equal those of the o
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import tempfile
 from datetime import timedelta
@@ -81,9 +82,9 @@ def _config(settings: dict[str, Any]) -> PretrainedConfig:
 def verify_decisions(config: PretrainedConfig, decisions: Decisions, *, batch: int, accumulation: int, units: int, loss: str) -> Difference:
     """Lay decisions over a shrunken model, run it on processes and compare. See `verify`."""
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()
+    disable_progress_bar()
     plan_ranks = prod(axis.size for axis in decisions.axes)
     small = shrink(config, plan_ranks)
     batches = [random_batches(small, batch, 8 * max(plan_ranks, 4), accumulation, seed) for seed in range(units)]
@@ -115,6 +116,7 @@ def write_program(config: PretrainedConfig, decisions: Decisions, folder: Path, 
 def _rank(rank: int, world: int, store: str, folder: Path, config: PretrainedConfig, weights: Path, batches: list, result: Path) -> None:
     """One process of the job: run the program and let rank 0 leave the result."""
     torch.set_num_threads(1)
+    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # gathering a gradient takes two steps here: it says so each time
     sys.path.insert(0, str(Path.cwd()))
     dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=TIMEOUT)
     loss, gradients = program_gradients(folder, config, weights, batches)
