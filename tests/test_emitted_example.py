@@ -1,6 +1,6 @@
 """`docs/emitted-example.md` shows the program that the compiler really writes for Llama3-8B on eight GPUs.
 
-After a change to the emitter or the planner, `UPDATE_EXAMPLE=1 python -m pytest tests/test_emitted_example.py` writes the program into the page;
+After a change to the emitter or the planner, `UPDATE_EXAMPLE=1 python -m pytest tests/test_emitted_example.py` writes it into the page;
 read it before you commit it.
 """
 
