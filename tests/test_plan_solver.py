@@ -316,3 +316,15 @@ def test_too_little_memory_says_what_binds_by_how_much_and_what_to_do():
     assert "no plan fits: the leanest one needs" in text and "GiB short" in text
     assert "use devices with more memory or a shorter --seq_len, or raise --memory_gib" in text
     assert "\n" not in text
+
+
+def test_a_search_out_of_time_is_not_called_impossible(monkeypatch):
+    from seqloom.plan import solver
+    from seqloom.plan.linear import OutOfTime
+
+    def late(*_):
+        raise OutOfTime
+
+    monkeypatch.setattr(solver, "_solve_one", late)
+    with pytest.raises(UserError, match="6 of 6 searches met the limit of 20 s without one; narrow the search with --force"):
+        solve(tiny(), request(2))

@@ -10,7 +10,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_matrix
 
 Term = tuple[int, float]
-OPTIMAL = 0
+OPTIMAL, TIME_LIMIT = 0, 1  # statuses of scipy.optimize.milp
 LARGEST_COST = 1000.0
 
 
@@ -23,6 +23,10 @@ class Solution:
     bound: float
     gap: float
     status: str
+
+
+class OutOfTime(Exception):
+    """The time limit came before any solution: nothing is known about whether there is one."""
 
 
 class LinearProgram:
@@ -71,6 +75,8 @@ class LinearProgram:
             constraints=LinearConstraint(matrix, np.array(self._low), np.array(self._high)),
             options={"time_limit": time_limit, "mip_rel_gap": gap},
         )
+        if result.x is None and result.status == TIME_LIMIT:
+            raise OutOfTime
         if result.x is None:
             return None
         objective = float(result.fun) / scale

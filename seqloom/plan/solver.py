@@ -21,7 +21,7 @@ from math import prod
 from seqloom.cost.hardware import Hardware
 from seqloom.errors import UserError
 from seqloom.plan.labels import ATTENTION
-from seqloom.plan.linear import Solution
+from seqloom.plan.linear import OutOfTime, Solution
 from seqloom.plan.placement import Layout
 from seqloom.plan.price import Machine
 from seqloom.plan.problem import Problem, build_problem
@@ -84,7 +84,7 @@ def solve(regions: Regions, request: Request) -> tuple[Decisions, SolverReport]:
     """The fastest decisions that fit. Raises `UserError` when none does, with what binds."""
     started = time.monotonic()
     best: tuple[float, Decisions, Solution] | None = None
-    variables = programs = 0
+    variables = programs = unsolved = 0
     for axes in candidate_meshes(request):
         for zero in ZERO_LEVELS if request.zero is None else (request.zero,):
             problem = _problem(regions, request, axes, zero, request.budget_bytes)
@@ -92,12 +92,22 @@ def solve(regions: Regions, request: Request) -> tuple[Decisions, SolverReport]:
                 continue
             programs += 1
             variables = max(variables, len(problem.program.costs))
-            solution = _solve_one(problem, best[0] if best else float("inf"), request.time_limit_s)
+            try:
+                solution = _solve_one(problem, best[0] if best else float("inf"), request.time_limit_s)
+            except OutOfTime:
+                unsolved += 1
+                continue
             if solution is not None and (best is None or solution.objective < best[0] - 1e-9):
                 best = (solution.objective, _decisions(problem, solution), solution)
+    if best is None and unsolved:
+        raise UserError(
+            f"no plan was found: {unsolved} of {programs} searches met the limit of {request.time_limit_s:g} s without one; narrow the "
+            f"search with --force (such as --force sp{request.ranks}) or --zero"
+        )
     if best is None:
         raise UserError(_why_nothing_fits(regions, request))
-    report = SolverReport(best[2].status, best[2].gap, time.monotonic() - started, variables, programs)
+    status = best[2].status if not unsolved else f"{best[2].status}; {unsolved} searches out of time"
+    report = SolverReport(status, best[2].gap, time.monotonic() - started, variables, programs)
     return best[1], report
 
 
