@@ -131,7 +131,7 @@ def test_dry_run_of_one_rank(command, room, program, tmp_path):
 
 
 def test_compile_takes_the_flags_of_the_request(command, room, capsys, tmp_path):
-    plan = {"step_time_s": 1.5, "peak_memory_gib": {"total": 2.0}, "memory_limit_gib": 9.0, "hardware": "cpu"}
+    plan = {"step_time_s": 1.5, "peak_memory_gib": {"total": 2.0}, "memory_limit_gib": 9.0, "hardware": "cpu", "repeated": {}}
     calls = room("seqloom.emit.pipeline", "compile_program", types.SimpleNamespace(folder=tmp_path / "x", plan=plan))
     command("compile", "--model_id", "llama3_8b", "--seq-len", "64", "--plan_ngpus", "2", "--runtime_ngpus", "2", "--force", "sp2")
     request = CompileRequest("llama3_8b", 64, plan_ngpus=2, runtime_ngpus=2, force="sp2", grad_accumulation_steps=4)

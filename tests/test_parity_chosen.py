@@ -62,7 +62,7 @@ CHOSEN = (
     Chosen("llama3_1b", 1, 8192, 2),
     Chosen("llama3_1b", 1, 8192, 4),
     Chosen("llama3_1b", 1, 8192, 2, units=2),
-    Chosen("llama3_1b", 1, 8192, 2, memory_gib=19),
+    Chosen("llama3_1b", 1, 8192, 2, memory_gib=16),
     Chosen("llama3_1b", 4, 1024, 2),
     Chosen("llama3_1b", 4, 1024, 4),
     Chosen("llama3_1b", 1, 256, 2),
@@ -235,7 +235,7 @@ def test_the_planner_chooses_each_way_to_split_where_it_is_best(choices: dict[st
 
 
 def test_little_memory_makes_the_planner_recompute() -> None:
-    assert any(any(flags) for flags in choose(Chosen("llama3_1b", 1, 8192, 2, memory_gib=19)).recompute.values())
+    assert any(any(flags) for flags in choose(Chosen("llama3_1b", 1, 8192, 2, memory_gib=16)).recompute.values())
     assert not any(any(flags) for flags in choose(Chosen("llama3_1b", 1, 8192, 2)).recompute.values())
 
 
