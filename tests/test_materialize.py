@@ -217,11 +217,11 @@ def test_weights_that_do_not_fit_are_named(folder, change, words):
 def test_broken_folders_are_named(folder):
     weights, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     weights.write_bytes(b"not safetensors")
-    assert "cannot be read" in _refused("qwen3", folder)
+    assert "model.safetensors is not a whole safetensors file" in _refused("qwen3", folder)
     weights.unlink()
-    assert "has no model.safetensors" in _refused("qwen3", folder)
+    assert "has no weights that can be read: it holds neither model.safetensors" in _refused("qwen3", folder)
     index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
-    assert "lacks the weights file model-00001-of-00002.safetensors" in _refused("qwen3", folder)
+    assert "the shard model-00001-of-00002.safetensors that its index names is missing" in _refused("qwen3", folder)
     index.write_text("{")
     assert "is not an index" in _refused("qwen3", folder)
 

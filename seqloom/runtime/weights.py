@@ -7,30 +7,19 @@ rectangles that it holds. Tied parameters are found under either name, and the n
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from seqloom.checkpoint.slices import local_boxes, local_tensor
+from seqloom.checkpoint import HFReader
 from seqloom.errors import UserError
 from seqloom.runtime.initialize import original_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
-
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-
-
-def has_weights(folder: Path) -> bool:
-    """Whether a folder holds safetensors weights that `fill_from_folder` can read."""
-    return (folder / SINGLE_FILE).is_file() or (folder / INDEX_FILE).is_file()
 
 
 def fill_from_folder(model: nn.Module, hf_config: PretrainedConfig, folder: Path, tied: Mapping[str, str]) -> None:
@@ -38,56 +27,18 @@ def fill_from_folder(model: nn.Module, hf_config: PretrainedConfig, folder: Path
 
     Raises `UserError` that names the keys that are missing, unexpected or of another shape, or the file that cannot be read.
     """
-    files = _files_by_key(folder)
+    reader = HFReader(folder)
     wanted = dict(model.named_parameters())
-    original = original_model(hf_config)
-    keys = _match(wanted, files, original, tied, folder)
-    by_file: dict[Path, list[str]] = {}
-    for name, key in keys.items():
-        by_file.setdefault(files[key], []).append(name)
-    for path, names in by_file.items():
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in names:
-                    _read(file, keys[name], name, wanted[name], path)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"the weights file {path} cannot be read ({error}); fetch or save it again") from error
-
-
-@torch.no_grad()
-def _read(file: object, key: str, name: str, param: nn.Parameter, path: Path) -> None:
-    piece = file.get_slice(key)
-    if tuple(piece.get_shape()) != tuple(param.shape):
-        raise UserError(f"{key} in {path} has shape {tuple(piece.get_shape())} but the program needs {tuple(param.shape)} for {name}")
-    for box in local_boxes(param):
-        ranges = tuple(slice(start, start + size) for start, size in zip(box.part.offsets, box.part.sizes, strict=True))
-        box.place.narrow(local_tensor(param)).copy_(piece[ranges])
-
-
-def _files_by_key(folder: Path) -> dict[str, Path]:
-    """The file that holds each tensor of the folder."""
-    index = folder / INDEX_FILE
-    if index.is_file():
-        try:
-            files = {key: folder / name for key, name in json.loads(index.read_text())["weight_map"].items()}
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"{index} is not an index of safetensors files; fetch or save the model again") from error
-        missing = sorted({path.name for path in files.values() if not path.is_file()})
-        if missing:
-            raise UserError(f"{folder} lacks the weights file {missing[0]} that its index names; fetch or save the model again")
-        return files
-    single = folder / SINGLE_FILE
-    if not single.is_file():
-        raise UserError(f"{folder} has no {SINGLE_FILE} and no {INDEX_FILE}; give a folder that has, or initialize randomly")
-    try:
-        with safe_open(single, framework="pt") as file:
-            return dict.fromkeys(file.keys(), single)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"the weights file {single} cannot be read ({error}); fetch or save it again") from error
+    for name, key in _match(wanted, reader, original_model(hf_config), tied, folder).items():
+        stored = tuple(reader[key].shape)
+        if stored != tuple(wanted[name].shape):
+            raise UserError(f"{key} in {folder} has shape {stored} but the program needs {tuple(wanted[name].shape)} for {name}")
+        reader.fill(key, wanted[name])
+    reader.close()
 
 
 def _match(
-    wanted: Iterable[str], files: Mapping[str, Path], original: PreTrainedModel, tied: Mapping[str, str], folder: Path
+    wanted: Iterable[str], files: Collection[str], original: PreTrainedModel, tied: Mapping[str, str], folder: Path
 ) -> dict[str, str]:
     """The stored key of each parameter. Keys the original model itself ignores (old mask buffers) are not unexpected."""
     prefix = f"{original.base_model_prefix}."
