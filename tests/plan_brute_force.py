@@ -132,7 +132,7 @@ class BruteForce:
         return self.options[region.key, index][at.strategy[region.key, index]].layouts[name]
 
     def _reshard_seconds(self, region: Region, at: Combination) -> float | None:
-        wanted: dict[tuple[str, Layout, Layout], None] = {}
+        wanted: dict[tuple[int | None, str, Layout, Layout], None] = {}
         for name, index, slot in self._readers[region.key]:
             dst = at.slot[slot] if slot else self.options[region.key, index][at.strategy[region.key, index]].layouts[name]
             made = next((i for i, part in enumerate(region.parts) if name in part.outputs), None)
@@ -140,21 +140,32 @@ class BruteForce:
                 src = self._layout(region, name, at)
             else:
                 src = self.options[region.key, made][at.strategy[region.key, made]].layouts[name]
-            wanted[name, src, dst] = None
+            segment = region.segment_of(index if index >= 0 else made) if index >= 0 or made is not None else None
+            wanted[segment, name, src, dst] = None
         if region.key == OUTER:
             (loss,) = region.graph.outputs
             if any(p.kind not in "RP" for p in self._layout(region, loss, at)):
                 return None
-        costs = [self._path_seconds(region, *key) for key in wanted]
-        return None if None in costs else sum(costs)
+        total = 0.0
+        for segment, *key in wanted:
+            path = self._path(region, *key)
+            if path is None:
+                return None
+            total += path[0] + (path[1] if at.recompute.get((region.key, segment), False) else 0.0)
+        return total
 
-    def _path_seconds(self, region: Region, name: str, src: Layout, dst: Layout) -> float | None:
+    def _path(self, region: Region, name: str, src: Layout, dst: Layout) -> tuple[float, float] | None:
+        """Seconds of the cheapest reshard, forward and backward together, and forward alone."""
         key = (region.key, name, src, dst)
         if key not in self._seconds:
             value = region.graph.values[name]
-            cost = lambda shape, before, move: sum(move_seconds(value, before, move, self.machine))  # noqa: E731
+            cost = lambda shape, before, move: sum(move_seconds(value, before, move, self.machine)) + 1e-9  # noqa: E731
             path = reshard_path(value.shape, src, dst, self.machine.sizes, cost)
-            self._seconds[key] = None if path is None else path[0]
+            forward, before = 0.0, src
+            for move in () if path is None else path[1]:
+                forward += move_seconds(value, before, move, self.machine)[0]
+                before = move.layout
+            self._seconds[key] = None if path is None else (path[0], forward)
         return self._seconds[key]
 
     def _parameters(self, region: Region, at: Combination) -> dict[str, Layout]:

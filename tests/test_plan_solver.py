@@ -98,18 +98,11 @@ def combination_of(brute: BruteForce, decisions: Decisions) -> Combination:
 
 
 def reshards_beyond_the_program(plan: Plan) -> float:
-    """Seconds that the program leaves out: a segment that is recomputed reshards again, and so does each further segment that needs the
-    same reshard (segments are methods: they hand over values as they were made)."""
-    seconds = 0.0
-    for key, region in plan.regions.items():
-        seen = {(name, r.dst) for name, found in plan.entering.items() for r in found} if key == "" else set()
-        for segment in region.segments:
-            for reshard in (*segment.leaving, *(r for cluster in segment.clusters for r in cluster.reshards)):
-                repeated = (reshard.value, reshard.dst) in seen
-                seen.add((reshard.value, reshard.dst))
-                seconds += region.region.count * (reshard.forward_s + reshard.backward_s) * repeated
-                seconds += region.region.count * reshard.forward_s * segment.recompute
-    return seconds
+    """Seconds that the program leaves out: an outer value that enters a block in the layout that an outer operator wants too is resharded
+    once for each."""
+    seen = {(name, r.dst) for name, found in plan.entering.items() for r in found}
+    reshards = [r for cluster in plan.outer.clusters for r in cluster.reshards if (r.value, r.dst) in seen]
+    return sum(r.forward_s + r.backward_s for r in reshards)
 
 
 def exposed_by_the_program(brute: BruteForce, at: Combination) -> tuple[float, float]:

@@ -6,7 +6,8 @@ Variables (all but `x`, `slot`, `param` and `rec` may be continuous: they follow
   param[p, L]      a parameter that several clusters use lies in layout L                 `_parameter_variables`
   rec[g]           segment g of a block is recomputed                                     `_cluster_variables`
   e[v, c, L, M]    consumer c gets value v, made in layout L, in layout M                 `_edges`
-  r[v, L, M]       value v is resharded from L to M (once for all its consumers)          `_edges`
+  r[v, g, L, M]    value v is resharded from L to M for the consumers in segment g        `_edge`
+  again[v, g, L, M]  the same once more, because g is recomputed                          `_edge`
   m[v, L]          value v in layout L is kept for backward                               `_memory`
   hidden[g]        seconds of a group's ZeRO traffic that compute does not hide           `_storage`
   transient        the largest working set of any backward                                `_memory`
@@ -37,6 +38,7 @@ MEMORY_TOLERANCE = 1e-5
 """Share of the budget that is left free: the solver keeps a constraint to about 1e-6, and a plan must never exceed the budget at all."""
 
 Ends = dict[Layout, list[int]]  # layout -> variables, one of which is 1 when the layout is used
+Consumer = tuple[int | None, Ends]  # the segment that it stands in, and its layouts
 
 
 @dataclass(frozen=True)
@@ -184,18 +186,19 @@ def _parameter_variables(problem: Problem) -> None:
 
 def _edges(problem: Problem, region: Region) -> None:
     made_by = {name: index for index, part in enumerate(region.parts) for name in part.outputs}
-    consumers: dict[str, list[Ends]] = {}
+    consumers: dict[str, list[Consumer]] = {}
     for index, part in enumerate(region.parts):
         for name in part.inputs:
             if region.graph.values[name].kind in ("activation", "input"):
-                consumers.setdefault(name, []).append(_ends(problem, region, index, name))
+                consumers.setdefault(name, []).append((region.segment_of(index), _ends(problem, region, index, name)))
     if region.key == OUTER:
         for slot, names in _call_inputs(problem).items():
             for name in names:
-                consumers.setdefault(name, []).append(problem.slots[slot])
+                consumers.setdefault(name, []).append((None, problem.slots[slot]))
     for name in region.graph.outputs:
         if region.key != OUTER:
-            consumers.setdefault(name, []).append(problem.slots[problem.regions.slot_of[region.key, name]])
+            segment = region.segment_of(made_by[name]) if name in made_by else None
+            consumers.setdefault(name, []).append((segment, problem.slots[problem.regions.slot_of[region.key, name]]))
         else:  # the loss: whole or a partial sum, with one gradient everywhere
             for layout, columns in _ends(problem, region, made_by[name], name).items():
                 if not all(p.kind in "RP" for p in layout):
@@ -219,11 +222,11 @@ def _call_inputs(problem: Problem) -> dict[str, dict[str, None]]:
     return found
 
 
-def _edge(problem: Problem, region: Region, name: str, source: Ends, consumers: list[Ends]) -> None:
-    """Tie a value's layout where it is made to its layout at each consumer; pay each distinct reshard once."""
+def _edge(problem: Problem, region: Region, name: str, source: Ends, consumers: list[Consumer]) -> None:
+    """Tie a value's layout where it is made to its layout at each consumer; pay each distinct reshard once a segment."""
     program = problem.program
-    reshards: dict[tuple[Layout, Layout], int] = {}
-    for target in consumers:
+    reshards: dict[tuple[int | None, Layout, Layout], int] = {}
+    for segment, target in consumers:
         leaving: dict[Layout, list[Term]] = {layout: [(c, -1.0) for c in columns] for layout, columns in source.items()}
         entering: dict[Layout, list[Term]] = {layout: [(c, -1.0) for c in columns] for layout, columns in target.items()}
         for src in source:
@@ -235,11 +238,28 @@ def _edge(problem: Problem, region: Region, name: str, source: Ends, consumers: 
                 leaving[src].append((edge, 1.0))
                 entering[dst].append((edge, 1.0))
                 if path[1]:
-                    if (src, dst) not in reshards:
-                        reshards[src, dst] = program.variable(region.count * path[0], upper=1.0)
-                    program.constrain([(reshards[src, dst], 1.0), (edge, -1.0)], 0.0)
+                    if (segment, src, dst) not in reshards:
+                        reshards[segment, src, dst] = _reshard_variable(problem, region, name, segment, src, path)
+                    program.constrain([(reshards[segment, src, dst], 1.0), (edge, -1.0)], 0.0)
         for terms in (*leaving.values(), *entering.values()):
             program.constrain(terms, 0.0, 0.0)
+
+
+def _reshard_variable(
+    problem: Problem, region: Region, name: str, segment: int | None, src: Layout, path: tuple[float, tuple[Move, ...]]
+) -> int:
+    """One reshard in one segment; where the segment may be recomputed its forward is paid again."""
+    program = problem.program
+    column = program.variable(region.count * path[0], upper=1.0)
+    rec = problem.recompute.get((region.key, segment)) if segment is not None else None
+    if rec is not None:
+        forward, before = 0.0, src
+        for move in path[1]:
+            forward += move_seconds(region.graph.values[name], before, move, problem.machine)[0]
+            before = move.layout
+        again = program.variable(region.count * forward, upper=1.0)
+        program.constrain([(again, 1.0), (column, -1.0), (rec, -1.0)], -1.0)
+    return column
 
 
 def _local_numel(problem: Problem, choice: Choice, region: Region, name: str) -> int:
