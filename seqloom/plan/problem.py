@@ -7,7 +7,7 @@ Variables (all but `x`, `slot`, `param` and `rec` may be continuous: they follow
   rec[g]           segment g of a block is recomputed                                     `_cluster_variables`
   e[v, c, L, M]    consumer c gets value v, made in layout L, in layout M                 `_edges`
   r[v, g, L, M]    value v is resharded from L to M for the consumers in segment g        `_edge`
-  again[v, g, L, M]  the same once more, because g is recomputed                          `_edge`
+  again[v, g, ..]  the same once more, because g is recomputed                            `_edge`
   m[v, L]          value v in layout L is kept for backward                               `_memory`
   hidden[g]        seconds of a group's ZeRO traffic that compute does not hide           `_storage`
   transient        the largest working set of any backward                                `_memory`
