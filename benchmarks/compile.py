@@ -3,8 +3,8 @@
     python benchmarks/compile.py                 # Llama3-8B, 131,072 tokens, 8 ranks
     python benchmarks/compile.py --write         # and keep the result in benchmarks/results/compile.json
 
-The ratio sets the whole compile beside PyTorch's own `torch.export` of the same model, both timed in the compile's process; the CPU seconds
-are steadier than the wall clock on a shared machine.
+The ratio sets all stages beside the capture, which is `torch.export` of the model and the passes over its graph, in one run; the CPU
+seconds are steadier than the wall clock on a shared machine.
 """
 
 from __future__ import annotations
