@@ -115,7 +115,7 @@ def test_replace_leaves_the_original():
 
 @pytest.mark.parametrize("graph", [simple(), with_blocks()], ids=["simple", "blocks"])
 def test_verify_accepts(graph):
-    verify(graph)
+    assert verify(graph) is None
 
 
 def _swap(graph: Graph) -> Graph:
@@ -162,7 +162,7 @@ def test_verify_refuses(name):
 def test_an_unsplit_argument_has_no_shape_to_check():
     bound = Annotation.parse("b l d, ? -> b l d").bind([SHAPE, None])
     graph = change(simple(), 0, bound=bound)
-    verify(change_value(graph, "w", shape=(99,)))
+    assert verify(change_value(graph, "w", shape=(99,))) is None
 
 
 @st.composite
@@ -179,7 +179,7 @@ def random_graphs(draw):
 
 @given(random_graphs(), st.randoms())
 def test_verify_accepts_exactly_the_topological_orders(graph, random):
-    verify(graph)
+    assert verify(graph) is None
     nodes = list(graph.nodes)
     random.shuffle(nodes)
     known, valid = {"x"}, True
