@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-import torch
-
 from seqloom.cost.communication import AxisSpan, CollectiveKind, collective_seconds, wire_bytes
 from seqloom.cost.compute import ATTENTION_BACKWARD_RATIO, attention_seconds, bandwidth_seconds, matmul_seconds
 from seqloom.cost.hardware import Hardware
@@ -22,7 +20,7 @@ from seqloom.ops.flops import flops, workspace_bytes
 from seqloom.ops.saved import is_view, saved_for_backward
 from seqloom.plan.clusters import Cluster
 from seqloom.plan.labels import ATTENTION
-from seqloom.plan.placement import Layout, Move, Placement, local_shape
+from seqloom.plan.placement import Layout, Move, local_shape
 from seqloom.plan.space import Axis, Strategy
 
 LIKE = " as kept by "  # a tensor of its own, of the size of a value: `logits as kept by losses`
@@ -214,13 +212,3 @@ def view_root(graph: Graph, cluster: Cluster) -> str | None:
     if all(is_view(node.op) for node in cluster.nodes) and len(cluster.inputs) == 1:
         return cluster.inputs[0]
     return None
-
-
-def parameter_bytes(value: Value, layout: Sequence[Placement], sizes: Sequence[int], itemsize: int) -> int:
-    """Bytes of one rank's piece of a parameter in compute, at `itemsize` bytes an element."""
-    return prod(local_shape(value.shape, tuple(layout), tuple(sizes))) * itemsize
-
-
-def compute_dtype(graph: Graph) -> torch.dtype:
-    """The dtype that the graph computes in: that of its parameters."""
-    return next(iter(graph.parameters().values())).dtype
