@@ -80,11 +80,11 @@ def test_unknown_dtype():
 
 def test_matmul_fraction_follows_the_table():
     for size, fraction in H100.rates.matmul:
-        assert matmul_fraction(H100, size) == pytest.approx(fraction)
-    assert matmul_fraction(H100, 1) == H100.rates.matmul[0][1]
-    assert matmul_fraction(H100, 10**6) == H100.rates.matmul[-1][1]
+        assert matmul_fraction(H100, size, BF16) == pytest.approx(fraction)
+    assert matmul_fraction(H100, 1, BF16) == H100.rates.matmul[0][1]
+    assert matmul_fraction(H100, 10**6, BF16) == H100.rates.matmul[-1][1]
     (low, low_rate), (high, high_rate) = H100.rates.matmul[2:4]
-    assert matmul_fraction(H100, (low + high) // 2) == pytest.approx((low_rate + high_rate) / 2)
+    assert matmul_fraction(H100, (low + high) // 2, BF16) == pytest.approx((low_rate + high_rate) / 2)
 
 
 def test_host_link():

@@ -7,6 +7,8 @@ A kernel takes the longest of its arithmetic at the achieved rate of its shape c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from seqloom.cost.hardware import Hardware
@@ -24,16 +26,16 @@ def matmul_seconds(hardware: Hardware, m: int, n: int, k: int, dtype: torch.dtyp
     """
     if min(m, n, k) <= 0:
         return 0.0
-    rate = hardware.peak(dtype) * matmul_fraction(hardware, min(m, n, k))
+    rate = hardware.peak(dtype) * matmul_fraction(hardware, min(m, n, k), dtype)
     traffic = (m * k + k * n + m * n) * dtype.itemsize
     return max(2.0 * m * n * k / rate, bandwidth_seconds(hardware, traffic))
 
 
-def matmul_fraction(hardware: Hardware, smallest: int) -> float:
-    """Achieved fraction of peak of a matmul whose smallest dimension is `smallest`: linear between the table's points, constant
-    outside them.
+def matmul_fraction(hardware: Hardware, smallest: int, dtype: torch.dtype) -> float:
+    """Achieved fraction of `dtype`'s peak of a matmul whose smallest dimension is `smallest`: linear between the table's points,
+    constant outside them.
     """
-    points = hardware.rates.matmul
+    points = hardware.rates.arithmetic(dtype).matmul
     if smallest <= points[0][0]:
         return points[0][1]
     for (low, low_rate), (high, high_rate) in zip(points, points[1:], strict=False):
@@ -51,7 +53,7 @@ def attention_seconds(hardware: Hardware, flops: float, dtype: torch.dtype, back
     """
     if flops <= 0:
         return 0.0
-    kernels = hardware.rates.attention
+    kernels = hardware.rates.arithmetic(dtype).attention
     if kernel is not None and kernel not in kernels:
         raise UserError(f"hardware `{hardware.name}` has no rates for attention kernel `{kernel}`: it has {', '.join(kernels)}")
     rates = kernels[kernel if kernel is not None else next(iter(kernels))]
@@ -64,6 +66,22 @@ def bandwidth_seconds(hardware: Hardware, nbytes: float) -> float:
     if nbytes <= 0:
         return 0.0
     return max(nbytes / (hardware.memory_bandwidth * hardware.rates.pointwise), hardware.launch_overhead_s)
+
+
+def pointwise_seconds(hardware: Hardware, border_bytes: float, operator_bytes: Sequence[float]) -> float:
+    """Seconds of a chain of elementwise operators.
+
+    Fused, as `torch.compile` leaves it, one kernel reads and writes `border_bytes`: what enters and leaves the chain. Where the
+    hardware's programs run as they are written (`rates.fused` false), every operator reads and writes its own `operator_bytes`.
+    """
+    if hardware.rates.fused:
+        return bandwidth_seconds(hardware, border_bytes)
+    return sum(bandwidth_seconds(hardware, nbytes) for nbytes in operator_bytes)
+
+
+def exposed_seconds(hardware: Hardware, communication: float, compute: float) -> float:
+    """Seconds by which `communication` beside `compute` lengthens a step: what overlaps hides behind the shorter of the two."""
+    return communication - hardware.rates.overlap * min(communication, compute)
 
 
 def host_seconds(hardware: Hardware, nbytes: float) -> float:

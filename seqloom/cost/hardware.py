@@ -14,13 +14,14 @@ import dataclasses
 import difflib
 import json
 import math
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 
+from seqloom.cost.fields import Fields
 from seqloom.errors import UserError
 
 GIB = 2**30
@@ -52,19 +53,41 @@ class AttentionRate:
 
 
 @dataclass(frozen=True)
+class Arithmetic:
+    """Achieved fractions of the peak FLOPS of one dtype.
+
+    `matmul`: (smallest of m, n, k; fraction), dimensions rising; between two points the fraction is linear.
+    `attention`: kernel name -> rates; the first kernel is the one that every PyTorch has on this machine.
+    """
+
+    matmul: tuple[tuple[int, float], ...]
+    attention: Mapping[str, AttentionRate]
+
+
+@dataclass(frozen=True)
 class Rates:
     """Achieved rates by shape class, as fractions of the peaks.
 
-    `matmul`: (smallest of m, n, k; fraction of the dtype's peak), dimensions rising; between two points the fraction is linear.
-    `attention`: kernel name -> rates; the first kernel is the one that every PyTorch has on this machine.
+    `matmul`, `attention`: as in `Arithmetic`, for every dtype that `by_dtype` does not name (a CPU's bfloat16 attention reaches another
+    share of its peak than its float32 attention).
     `pointwise`: fraction of the memory bandwidth that elementwise kernels and copies reach.
     `collectives`: kind -> fraction of a link's bandwidth that this kind reaches (gloo gathers at a third of the rate of its all-to-all).
+    `fused`: whether a chain of elementwise operators runs as one kernel, as `torch.compile` makes it, or each operator by itself.
+    `overlap`: fraction of the communication of parameters and gradients that can run beside compute (none over gloo: FSDP2 waits for it).
     """
 
     matmul: tuple[tuple[int, float], ...]
     attention: Mapping[str, AttentionRate]
     pointwise: float
     collectives: Mapping[CollectiveKind, float]
+    by_dtype: Mapping[str, Arithmetic] = field(default_factory=dict)
+    fused: bool = True
+    overlap: float = 1.0
+
+    def arithmetic(self, dtype: torch.dtype) -> Arithmetic:
+        """The fractions that hold for `dtype`."""
+        name = str(dtype).removeprefix("torch.")
+        return self.by_dtype[name] if name in self.by_dtype else Arithmetic(self.matmul, self.attention)
 
 
 @dataclass(frozen=True)
@@ -142,7 +165,7 @@ def parse_hardware(content: str, where: str) -> Hardware:
         data = json.loads(content)
     except json.JSONDecodeError as error:
         raise UserError(f"{where} is not valid JSON (line {error.lineno}: {error.msg}): mend that line") from error
-    fields = _Fields(data, where, _names(Hardware))
+    fields = Fields.of(Hardware, data, where)
     hardware = Hardware(
         name=fields.text("name"),
         memory_bytes=fields.integer("memory_bytes"),
@@ -165,7 +188,7 @@ def to_json(hardware: Hardware) -> str:
     return json.dumps(dataclasses.asdict(hardware), indent=2) + "\n"
 
 
-def _parse_link(fields: _Fields) -> Link:
+def _parse_link(fields: Fields) -> Link:
     return Link(
         name=fields.text("name"),
         ranks_per_group=fields.integer("ranks_per_group"),
@@ -174,27 +197,37 @@ def _parse_link(fields: _Fields) -> Link:
     )
 
 
-def _parse_rates(fields: _Fields) -> Rates:
-    attention = fields.mapping("attention")
-    kernels = {kernel: attention.object(kernel, AttentionRate) for kernel in attention.data}
+def _parse_rates(fields: Fields) -> Rates:
     kinds = get_args(CollectiveKind)
-    collectives = _Fields(fields.data["collectives"], f"{fields.where}: collectives", kinds)
+    collectives = Fields(fields.data["collectives"], f"{fields.where}: collectives", kinds)
+    common = _parse_arithmetic(fields)
+    by_dtype = Fields(fields.data.get("by_dtype", {}), f"{fields.where}: by_dtype")
     return Rates(
-        matmul=_parse_matmul(fields),
-        attention={k: AttentionRate(forward=f.fraction("forward"), backward=f.fraction("backward")) for k, f in kernels.items()},
+        matmul=common.matmul,
+        attention=common.attention,
         pointwise=fields.fraction("pointwise"),
         collectives={kind: collectives.fraction(kind) for kind in kinds},
+        by_dtype={name: _parse_arithmetic(by_dtype.object(name, Arithmetic)) for name in by_dtype.data},
+        fused=fields.truth("fused") if fields.has("fused") else True,
+        overlap=fields.fraction("overlap", least=0.0) if fields.has("overlap") else 1.0,
     )
 
 
-def _parse_matmul(fields: _Fields) -> tuple[tuple[int, float], ...]:
+def _parse_arithmetic(fields: Fields) -> Arithmetic:
+    attention = fields.mapping("attention")
+    kernels = {kernel: attention.object(kernel, AttentionRate) for kernel in attention.data}
+    rates = {k: AttentionRate(forward=f.fraction("forward"), backward=f.fraction("backward")) for k, f in kernels.items()}
+    return Arithmetic(_parse_matmul(fields), rates)
+
+
+def _parse_matmul(fields: Fields) -> tuple[tuple[int, float], ...]:
     """The (dimension, fraction) points, checked so that a larger matmul is never predicted to be faster than a smaller one."""
     points = []
     for index, pair in enumerate(fields.items("matmul")):
         where = f"{fields.where}: matmul[{index}]"
         if not (isinstance(pair, list) and len(pair) == 2):
             raise UserError(f"{where} must be [smallest dimension, fraction of peak], not {pair!r}")
-        entry = _Fields({"dimension": pair[0], "fraction": pair[1]}, where)
+        entry = Fields({"dimension": pair[0], "fraction": pair[1]}, where)
         points.append((entry.integer("dimension"), entry.fraction("fraction")))
     for (size, rate), (next_size, next_rate) in zip(points, points[1:], strict=False):
         if not (size < next_size and rate <= next_rate and rate / size >= next_rate / next_size):
@@ -206,9 +239,10 @@ def _parse_matmul(fields: _Fields) -> tuple[tuple[int, float], ...]:
 
 
 def _check_dtypes(hardware: Hardware, where: str) -> None:
-    for name in hardware.peak_flops:
-        if not isinstance(getattr(torch, name, None), torch.dtype):
-            raise UserError(f"{where}: peak_flops has `{name}`, which is no PyTorch dtype: use names such as bfloat16 or float32")
+    for field_name, names in (("peak_flops", hardware.peak_flops), ("rates: by_dtype", hardware.rates.by_dtype)):
+        for name in names:
+            if not isinstance(getattr(torch, name, None), torch.dtype):
+                raise UserError(f"{where}: {field_name} has `{name}`, which is no PyTorch dtype: use names such as bfloat16 or float32")
 
 
 def _check_links(hardware: Hardware, where: str) -> None:
@@ -218,83 +252,3 @@ def _check_links(hardware: Hardware, where: str) -> None:
                 f"{where}: link `{outer.name}` ({outer.ranks_per_group} ranks) comes after `{inner.name}` ({inner.ranks_per_group} "
                 "ranks): list links from the inner to the outer, each with a larger ranks_per_group"
             )
-
-
-def _names(schema: type) -> list[str]:
-    return [field.name for field in dataclasses.fields(schema)]
-
-
-class _Fields:
-    """One JSON object under validation: typed access to its fields, each failure one sentence with the place."""
-
-    def __init__(self, data: Any, where: str, names: Collection[str] | None = None) -> None:
-        """`names` are the fields that the object must have, no more and no fewer; None for a free mapping."""
-        self.data, self.where = data, where
-        if not isinstance(data, dict):
-            raise UserError(f"{where} must be a JSON object, not {data!r}")
-        if names is None:
-            return
-        for key in data:
-            if key not in names:
-                near = difflib.get_close_matches(key, names, n=1)
-                hint = f"did you mean `{near[0]}`?" if near else f"the fields are {', '.join(names)}"
-                raise UserError(f"{where} has an unknown field `{key}`: {hint}")
-        missing = [name for name in names if name not in data]
-        if missing:
-            raise UserError(f"{where} lacks the field{'s' * (len(missing) > 1)} {', '.join(missing)}: add what is missing")
-
-    def text(self, key: str) -> str:
-        value = self.data[key]
-        if not (isinstance(value, str) and value):
-            raise UserError(f"{self.where}: {key} must be a text, not {value!r}")
-        return value
-
-    def texts(self, key: str) -> tuple[str, ...]:
-        values = self.items(key)
-        if not all(isinstance(value, str) and value for value in values):
-            raise UserError(f"{self.where}: {key} must be a list of texts, not {values!r}")
-        return tuple(values)
-
-    def number(self, key: str, least: float | None = None, below: float = math.inf) -> float:
-        """A finite number above 0, or from `least` on where that is given; under `below`."""
-        value = self.data[key]
-        good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value < below
-        if not (good and (value > 0 if least is None else value >= least)):
-            low = "above 0" if least is None else f"of at least {least:g}"
-            high = f" and under {below:g}" if math.isfinite(below) else ""
-            raise UserError(f"{self.where}: {key} must be a number {low}{high}, not {value!r}")
-        return float(value)
-
-    def numbers(self) -> dict[str, float]:
-        return {key: self.number(key) for key in self.data}
-
-    def fraction(self, key: str) -> float:
-        value = self.number(key)
-        if value > 1:
-            raise UserError(f"{self.where}: {key} must be a fraction of the peak (above 0, at most 1), not {value!r}")
-        return value
-
-    def integer(self, key: str) -> int:
-        value = self.number(key)
-        if value != int(value):
-            raise UserError(f"{self.where}: {key} must be a whole number, not {value!r}")
-        return int(value)
-
-    def items(self, key: str) -> list[Any]:
-        values = self.data[key]
-        if not (isinstance(values, list) and values):
-            raise UserError(f"{self.where}: {key} must be a list with at least one entry, not {values!r}")
-        return values
-
-    def objects(self, key: str, schema: type) -> list[_Fields]:
-        return [_Fields(value, f"{self.where}: {key}[{index}]", _names(schema)) for index, value in enumerate(self.items(key))]
-
-    def object(self, key: str, schema: type) -> _Fields:
-        return _Fields(self.data[key], f"{self.where}: {key}", _names(schema))
-
-    def mapping(self, key: str) -> _Fields:
-        """An object with free keys, at least one."""
-        fields = _Fields(self.data[key], f"{self.where}: {key}")
-        if not fields.data:
-            raise UserError(f"{fields.where} must have at least one entry")
-        return fields
