@@ -17,6 +17,9 @@ Grammar: `inputs -> outputs`; shapes are separated by `,`, dimensions by spaces.
 | `?` | an input that is not split, tensor or not |
 | `()`, or nothing | a scalar: `a+ -> ()` and `a+ ->` are the same; but nothing at all left of the arrow means no inputs |
 
+A name behind the first one of its groups can still be split where the names in front of it are split down to size 1 already: then it is the
+first of what is left. `Bound.splits(nested=True)` gives these splits too, each with the names it comes `after`.
+
 A name has one mark everywhere. A name without a mark stands in every output (or the operator would owe a sum: `+`, or a freeze: `^`).
 
 Everything a user can get wrong raises `AnnotationError`, a `UserError`, whose message ends with the text and a caret under the spot:
@@ -26,7 +29,7 @@ follow from nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -42,8 +45,9 @@ Shape = Sequence[int]
 class Split:
     """One way to cut an operator: `name` into at most `size` pieces.
 
-    `input_dims[i]` / `output_dims[j]` is the dimension that the name leads in that tensor, None where the tensor does not have it.
-    With `reduced` every output becomes a partial sum.
+    `input_dims[i]` / `output_dims[j]` is the dimension that the name lies in in that tensor, None where the tensor does not have it.
+    With `reduced` every output becomes a partial sum. The names in `after` must be split down to size 1 by outer mesh axes before this
+    one may be split: they stand in front of it in its groups.
     """
 
     name: str
@@ -51,6 +55,7 @@ class Split:
     input_dims: tuple[int | None, ...]
     output_dims: tuple[int | None, ...]
     reduced: bool
+    after: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,8 @@ class Bound:
     """An annotation with every size known.
 
     Per tensor a tuple of dimensions, each a tuple of names (constants are named by their digits), None for `?`. `named_sizes` are
-    (name, size) pairs in order of appearance; `frozen` names may not be split, `reduced` names are summed over.
+    (name, size) pairs in order of appearance; `frozen` names may not be split, `reduced` names are summed over. `nested` pairs those frozen
+    names that may be split after others with these others.
     """
 
     inputs: tuple[Dims | None, ...]
@@ -66,6 +72,7 @@ class Bound:
     named_sizes: tuple[tuple[str, int], ...]
     frozen: frozenset[str] = frozenset()
     reduced: frozenset[str] = frozenset()
+    nested: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     @cached_property
     def sizes(self) -> Mapping[str, int]:
@@ -80,12 +87,20 @@ class Bound:
         """Sizes of all dimensions of one tensor."""
         return tuple(self.size(dim) for dim in dims)
 
-    def splits(self) -> tuple[Split, ...]:
-        """One `Split` per name that may be split and is larger than 1, in order of appearance."""
-        return self._splits
+    def splits(self, nested: bool = False) -> tuple[Split, ...]:
+        """One `Split` per name that may be split and is larger than 1, in order of appearance.
+
+        With `nested` also those that may be split only `after` others.
+        """
+        return self._splits if nested else self._free_splits
+
+    @cached_property
+    def _free_splits(self) -> tuple[Split, ...]:
+        return tuple(split for split in self._splits if not split.after)
 
     @cached_property
     def _splits(self) -> tuple[Split, ...]:
+        after = dict(self.nested)
         return tuple(
             Split(
                 name,
@@ -93,9 +108,10 @@ class Bound:
                 tuple(None if dims is None else _index(dims, name) for dims in self.inputs),
                 tuple(_index(dims, name) for dims in self.outputs),
                 name in self.reduced,
+                after.get(name, ()),
             )
             for name, size in self.named_sizes
-            if size > 1 and name not in self.frozen
+            if size > 1 and (name not in self.frozen or name in after)
         )
 
 
@@ -154,6 +170,26 @@ def _index(dims: Dims, name: str) -> int | None:
     return next((i for i, dim in enumerate(dims) if name in dim), None)
 
 
+def _nested(dims: Sequence[Dim], sizes: Mapping[str, int], free: set[str], candidates: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Which candidates may be split after others: name -> the names in front of it, the same in every group where it is not the first.
+
+    A constant in front is never split, nor is a name that waits for itself, so what stands behind these stays frozen.
+    """
+    fronts = {name: {_front(dim, name, sizes) for dim in dims if name in dim} - {()} for name in candidates}
+    waiting = {name: next(iter(front)) for name, front in fronts.items() if len(front) == 1}
+    found: dict[str, tuple[str, ...]] = {}
+    while True:
+        ready = {name: after for name, after in waiting.items() if name not in found and free.union(found).issuperset(after)}
+        if not ready:
+            return found
+        found.update(ready)
+
+
+def _front(dim: Dim, name: str, sizes: Mapping[str, int]) -> Dim:
+    """Names of size other than 1 in front of a name in its dimension."""
+    return tuple(other for other in dim[: dim.index(name)] if (int(other) if other.isdigit() else sizes[other]) != 1)
+
+
 def _shape_text(dims: Dims | None, marks: Mapping[str, str]) -> str:
     if dims is None:
         return "?"
@@ -205,12 +241,15 @@ class _Binder:
                 raise self._error(f"the size of '{name}' follows from nothing: pass it as {name}=", self._place_of(name))
         written = {name: dict(self.note.written).get(name[0] if name[0] == "*" else name, "") for name in names}
         outputs = tuple(dims or () for dims in self.dims[count:])
-        frozen = {name for name in names if written[name] == "^"} | frozen_by_groups(all_dims([self.dims]), self.sizes)
+        fixed = {name for name in names if written[name] == "^"}
         # A name that the group rule freed because the one before it has size 1 was not checked when the text was parsed.
-        frozen |= {name for name in names if written[name] == "" and any(_index(dims, name) is None for dims in outputs)}
-        frozen |= {name for name in names if any(sum(dim.count(name) for dim in dims or ()) > 1 for dims in self.dims)}
-        reduced = frozenset(name for name in names if written[name] == "+" and name not in frozen)
-        return Bound(tuple(self.dims[:count]), outputs, tuple((n, self.sizes[n]) for n in names), frozenset(frozen), reduced)
+        fixed |= {name for name in names if written[name] == "" and any(_index(dims, name) is None for dims in outputs)}
+        fixed |= {name for name in names if any(sum(dim.count(name) for dim in dims or ()) > 1 for dims in self.dims)}
+        frozen = fixed | frozen_by_groups(all_dims([self.dims]), self.sizes)
+        nested = _nested(list(all_dims([self.dims])), self.sizes, set(names) - frozen, [n for n in names if n in frozen - fixed])
+        reduced = frozenset(name for name in names if written[name] == "+" and (name not in frozen or name in nested))
+        sizes = tuple((n, self.sizes[n]) for n in names)
+        return Bound(tuple(self.dims[:count]), outputs, sizes, frozenset(frozen), reduced, tuple(nested.items()))
 
     def _check_count(self, kind: str, dims: Sequence[object], shapes: Sequence[object]) -> None:
         if len(dims) != len(shapes):

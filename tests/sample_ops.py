@@ -94,5 +94,30 @@ def failing(x: Tensor, mode: str) -> Tensor:
     raise RuntimeError(f"mode {mode} is not there")
 
 
+@register_op(
+    "b l, m^ -> b l",
+    starts={"l": "first"},
+    choices={"rows": (1, 2, 5)},
+    flops=lambda sizes: sizes["b"] * sizes["l"] * (1 + sizes["first"]),
+    side=lambda sizes: min(sizes["rows"], sizes["l"]),
+)
+def shifted(x: Tensor, table: Tensor, first: int = 0, rows: int = 2) -> Tensor:
+    """Row i of the whole reads entry i of the table, `rows` at a time."""
+    own = table[first : first + x.shape[1]]
+    return torch.cat([x[:, i : i + rows] * own[i : i + rows] for i in range(0, x.shape[1], rows)], 1)
+
+
+@register_op("b l, m^ -> b l", starts={"l": "first"})
+def shifted_lie(x: Tensor, table: Tensor, first: int = 0) -> Tensor:
+    """Is told where its piece starts and does not listen."""
+    return x * table[: x.shape[1]]
+
+
+@register_op("a -> a", choices={"rows": (1, 2)})
+def choices_lie(x: Tensor, rows: int = 1) -> Tensor:
+    """The constant that is said to change nothing doubles the gradient."""
+    return x * rows - (rows - 1) * x.detach()
+
+
 def plain(x: Tensor) -> Tensor:
     return x

@@ -339,3 +339,85 @@ def test_any_text_parses_or_shows_a_caret(text):
         assert 0 <= error.position <= len(text)
     else:
         assert Annotation.parse(str(annotation)) == annotation
+
+
+# --- names behind the first of a group ---------------------------------------------------------------------------------------
+
+
+def nested(text, shapes, **sizes):
+    """The splits that wait for others: name -> (size, places in, places out, reduced, after)."""
+    found = Annotation.parse(text).bind(shapes, **sizes).splits(nested=True)
+    return {s.name: (s.size, s.input_dims, s.output_dims, s.reduced, s.after) for s in found if s.after}
+
+
+@pytest.mark.parametrize(
+    ("text", "shapes", "sizes", "expected"),
+    [
+        (ATTENTION, [(1, 8, 6, 4), (1, 2, 6, 4), (1, 2, 6, 4)], {}, {"g": (4, (1, None, None), (1,), False, ("k",))}),
+        (ATTENTION, [(1, 8, 6, 4), (1, 1, 6, 4), (1, 1, 6, 4)], {}, {}),  # the first one has size 1: nothing to wait for
+        (ATTENTION, [(1, 2, 6, 4), (1, 2, 6, 4), (1, 2, 6, 4)], {}, {}),
+        ("(h d) -> h d", [(6,)], {"h": 2}, {"d": (3, (0,), (1,), False, ("h",))}),
+        ("h d, (h d) -> h d", [(2, 3), (6,)], {}, {"d": (3, (1, 0), (1,), False, ("h",))}),
+        ("(a b c) -> a b c", [(30,)], {"a": 2, "b": 3}, {"b": (3, (0,), (1,), False, ("a",)), "c": (5, (0,), (2,), False, ("a", "b"))}),
+        ("(a b c) -> a b c", [(10,)], {"a": 2, "b": 1}, {"c": (5, (0,), (2,), False, ("a",))}),
+        ("(1 h d) -> h d", [(6,)], {"h": 2}, {"d": (3, (0,), (1,), False, ("h",))}),
+        ("(h d+) -> h", [(6,)], {"h": 2}, {"d": (3, (0,), (None,), True, ("h",))}),
+        ("(h+ d) -> d", [(6,)], {"h": 2}, {"d": (3, (0,), (0,), False, ("h",))}),
+        ("(h d), d x -> h d x", [(6,), (3, 4)], {}, {"d": (3, (0, 0), (1,), False, ("h",))}),
+        (
+            "(h d), (d x) -> h d x",
+            [(6,), (12,)],
+            {"h": 2},
+            {"d": (3, (0, 0), (1,), False, ("h",)), "x": (4, (None, 0), (2,), False, ("d",))},
+        ),
+        ("(h d^) -> h d^", [(6,)], {"h": 2}, {}),  # marked
+        ("(h^ d) -> h^ d", [(6,)], {"h": 2}, {}),  # waits for one that is never split
+        ("(2 d) -> d", [(6,)], {}, {}),
+        ("(h d) -> h", [(6,)], {"h": 2}, {}),  # missing in an output
+        ("(h d), (d h) -> h d", [(6,), (6,)], {"h": 2}, {}),  # each waits for the other
+        ("(h d), (e d) -> h e d", [(6,), (12,)], {"h": 2}, {}),  # behind different names
+        ("(h d) (d e) -> h d e", [(6, 12)], {"h": 2}, {}),  # twice in one tensor, and `e` waits for it
+    ],
+)
+def test_names_behind_others(text, shapes, sizes, expected):
+    assert nested(text, shapes, **sizes) == expected
+
+
+def test_nested_splits_are_given_only_when_asked_for():
+    bound = Annotation.parse(ATTENTION).bind([(2, 8, 6, 4), (2, 2, 6, 4), (2, 2, 6, 4)])
+    assert [s.name for s in bound.splits()] == ["b", "k"]
+    assert [s.name for s in bound.splits(nested=True)] == ["b", "k", "g"]
+    assert tuple(s for s in bound.splits(nested=True) if not s.after) == bound.splits()
+    assert "g" in bound.frozen
+
+
+def positions(flat, names, sizes, fixed):
+    """Elements of a tensor whose dimension groups are flattened to names, in which every name in `fixed` has that index."""
+    array = np.arange(int(np.prod([sizes[n] for n in flat], initial=1))).reshape([sizes[n] for n in flat])
+    for name, index in fixed.items():
+        if name in flat:
+            array = array.take([index], axis=flat.index(name))
+    return array.ravel()
+
+
+@given(
+    st.permutations(NAMES[:4]),
+    st.lists(st.integers(1, 4), min_size=4, max_size=4),
+    st.lists(st.sampled_from([1, 2, 2, 3]), min_size=4, max_size=4),
+)
+def test_nested_pieces_are_contiguous(order, widths, sizes):
+    """Slicing the grouped dimension along the names of `after`, then along the name, takes the elements that have these indices."""
+    sizes, groups, at = dict(zip(NAMES[:4], sizes, strict=True)), [], 0
+    for width in widths:
+        groups, at = [*groups, list(order[at : at + width])], at + width
+    groups = [group for group in groups if group]
+    annotation = Annotation.parse(" ".join(f"({' '.join(group)})" for group in groups) + " -> " + " ".join(NAMES[:4]))
+    bound = annotation.bind([tuple(int(np.prod([sizes[n] for n in group])) for group in groups)], **sizes)
+    splits = {split.name: split for split in bound.splits(nested=True)}
+    assert set(splits) == {name for name in NAMES[:4] if sizes[name] > 1}  # everything is reached in some order
+    for split in splits.values():
+        piece = np.arange(int(np.prod(bound.shape(bound.inputs[0])))).reshape(bound.shape(bound.inputs[0]))
+        for name in (*split.after, split.name):
+            piece = np.split(piece, sizes[name], axis=splits[name].input_dims[0])[-1]
+        fixed = {name: sizes[name] - 1 for name in (*split.after, split.name)}
+        assert (piece.ravel() == positions(list(order), order, sizes, fixed)).all()

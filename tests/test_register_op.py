@@ -13,8 +13,9 @@ from seqloom.annotation import Annotation, AnnotationError
 from seqloom.errors import UserError
 from seqloom.graph import Ref, Value
 from seqloom.ops import register_op
-from seqloom.ops.registry import capturing, decode_call, is_call, registered, resolve
-from seqloom.ops.rules import bind
+from seqloom.ops.flops import flops, local_flops, matmul_side
+from seqloom.ops.registry import capturing, choices_of, decode_call, is_call, registered, resolve
+from seqloom.ops.rules import bind, starts_of
 
 torch.set_num_threads(1)
 
@@ -236,3 +237,62 @@ def test_registration_errors(annotation, options, function, words):
 def test_hints_are_kept():
     entry = registered(register_op("a l -> a l", name="m:f", comm=lambda sizes: sizes["l"], context_parallel="l")(lambda x: x))
     assert (entry.name, entry.context_parallel, entry.comm({"l": 7})) == ("m:f", "l", 7)
+
+
+# --- starts, choices, side ---------------------------------------------------------------------------------------------------
+
+
+def piecewise(x, table, offset: int = 0, rows: int = 4):
+    return x + table[offset : offset + x.shape[1]]
+
+
+@pytest.mark.parametrize(
+    ("annotation", "options", "words"),
+    [
+        ("b l, m^ -> b l", {"starts": {"q": "offset"}}, "dimension 'q', which is not a name in its annotation: name a dimension without"),
+        ("b l, m^ -> b l", {"starts": {"m": "offset"}}, "dimension 'm', which may not be split or is summed over"),
+        ("b l m+, m+ -> b l", {"starts": {"m": "offset"}}, "dimension 'm', which may not be split or is summed over"),
+        ("b (l h), m^ -> b (l h)", {"starts": {"l": "offset"}}, "dimension 'l', which is part of a group"),
+        ("b l, m^ -> b l", {"starts": {"l": "begin"}}, "the start 'begin': write it as a parameter 'begin: int = 0'"),
+        ("b l, m^ -> b l", {"starts": {"l": "rows"}}, "the start 'rows': write it as a parameter 'rows: int = 0'"),
+        ("b l, m^ -> b l", {"starts": {"l": "table"}}, "the start 'table': write it as a parameter"),
+        ("b l, m^ -> b l", {"choices": {"row": (1, 2)}}, "choices= names 'row', which is not a parameter beyond the annotation"),
+        ("b l, m^ -> b l", {"choices": {"table": (1, 2)}}, "choices= names 'table', which is not a parameter beyond the annotation"),
+        ("b l, m^ -> b l rows^", {"choices": {"rows": (1, 2)}}, "choices= names 'rows', which gives a size or a start"),
+        ("b l, m^ -> b l", {"choices": {"offset": (1, 2)}, "starts": {"l": "offset"}}, "choices= names 'offset', which gives a size or"),
+        ("b l, m^ -> b l", {"choices": {"rows": ()}}, "choices= names 'rows' with the values \\(\\): give one or more"),
+        ("b l, m^ -> b l", {"choices": {"rows": (1, {})}}, "choices= names 'rows' with the values"),
+    ],
+)
+def test_hints_that_fit_neither_annotation_nor_function(annotation, options, words):
+    with pytest.raises(UserError, match=words):
+        register_op(annotation, **options)(piecewise)
+
+
+def test_new_hints_are_kept():
+    hints = {"starts": {"l": "offset"}, "choices": {"rows": [2, 4]}, "side": lambda sizes: min(sizes["rows"], sizes["l"])}
+    entry = registered(register_op("b l, m^ -> b l", **hints)(piecewise))
+    assert entry.starts == {"l": "offset"} and entry.choices == {"rows": (2, 4)} and entry.side({"rows": 3, "l": 7}) == 3
+    plain = resolve("sample_ops:scaled")
+    assert (plain.starts, plain.choices, plain.side) == ({}, {}, None)
+
+
+def test_hints_are_found_by_the_name_of_the_operator():
+    assert starts_of("sample_ops:shifted") == {"l": "first"} and choices_of("sample_ops:shifted") == {"rows": (1, 2, 5)}
+    assert starts_of("sample_ops:scaled") == starts_of("aten.mul.Tensor") == {}
+    assert choices_of("sample_ops:scaled") == choices_of("aten.mul.Tensor") == {}
+
+
+def test_flops_and_side_of_a_piece():
+    """Local sizes and constants decide; defaults stand in for constants that are not given."""
+    args, sizes = (Ref("x"), Ref("table")), {"b": 2, "l": 6, "m": 12}
+    known = values(x=(2, 6), table=(12,))
+    whole = bind("sample_ops:shifted", args, {}, known)
+    assert local_flops("sample_ops:shifted", args, {}, sizes) == flops("sample_ops:shifted", args, {}, whole) == 2 * 6 * 1
+    assert local_flops("sample_ops:shifted", args, {"first": 6}, {**sizes, "l": 3}) == 2 * 3 * 7
+    assert matmul_side("sample_ops:shifted", args, {"rows": 5}, sizes) == 5
+    assert matmul_side("sample_ops:shifted", args, {}, {**sizes, "l": 1}) == 1
+    assert matmul_side("sample_ops:scaled", args, {}, {"d": 4}) is None
+    assert matmul_side("aten.mm.default", args, {}, {"m": 4, "k": 2, "n": 3}) is None
+    assert local_flops("aten.mm.default", args, {}, {"m": 4, "k": 2, "n": 3}) == 48
+    assert local_flops("aten.add.Tensor", args, {}, {"m": 4}) == local_flops("sample_ops:repeated", args[:1], {}, {"b": 4}) == 0

@@ -20,12 +20,22 @@ from seqloom.ops.rules import arguments_of, is_registered_name
 
 def flops(op: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], bound: Bound) -> int:
     """Forward FLOPs of one whole call with these bound sizes (a piece of an even split takes its share)."""
+    return local_flops(op, args, kwargs, bound.sizes)
+
+
+def local_flops(op: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], sizes: Mapping[str, int]) -> int:
+    """Forward FLOPs of one piece with these (local) sizes by name and these constants: a start among `kwargs` counts."""
     if is_registered_name(op):
         entry = resolve(op)
-        return entry.flops(_known(entry, args, kwargs, bound.sizes)) if entry.flops else 0
-    if base_name(op) in CONTRACTIONS:
-        return 2 * prod(bound.sizes.values())
-    return 0
+        return entry.flops(_known(entry, args, kwargs, sizes)) if entry.flops else 0
+    return 2 * prod(sizes.values()) if base_name(op) in CONTRACTIONS else 0
+
+
+def matmul_side(op: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], sizes: Mapping[str, int]) -> int | None:
+    """Smallest dimension of the matrix products of a registered function at these (local) sizes; None where it does not say (`side=`)
+    and for PyTorch's operators, whose shapes say it."""
+    entry = resolve(op) if is_registered_name(op) else None
+    return entry.side(_known(entry, args, kwargs, sizes)) if entry and entry.side else None
 
 
 def workspace_bytes(op: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], sizes: Mapping[str, int]) -> int:

@@ -38,10 +38,13 @@ class RegisteredOp:
     """One registered function and what the planner may know about it.
 
     `name` is "module:function". `dtype` of the outputs: None for that of the first floating-point input, a dtype, or a function of the
-    input dtypes. `flops` (forward), `comm` (bytes moved inside the operator) and `workspace` (bytes of temporaries at their largest) are
-    functions of the sizes by name and the constants by parameter name. `saved` names the parameters kept for backward, and "output" for
-    the outputs; None counts every tensor input as kept. `context_parallel` is the dimension that the operator itself splits over a
-    process group. `source_digest` is the sha256 of the defining file.
+    input dtypes. `flops` (forward), `comm` (bytes moved inside the operator), `workspace` (bytes of temporaries at their largest) and
+    `side` (smallest dimension of its matrix products, for the rate they achieve) are functions of the sizes by name and the constants by
+    parameter name. `saved` names the parameters kept for backward, and "output" for the outputs; None counts every tensor input as kept.
+    `starts` maps a dimension to the parameter that says where its piece starts, in elements of the unsplit dimension: such a dimension
+    may be split only when the function is told. `choices` maps a constant parameter to values that all compute the same, so that the
+    planner may choose. `context_parallel` is the dimension that the operator itself splits over a process group. `source_digest` is the
+    sha256 of the defining file.
     """
 
     name: str
@@ -52,6 +55,9 @@ class RegisteredOp:
     saved: tuple[str, ...] | None
     comm: SizeHint | None
     workspace: SizeHint | None
+    side: SizeHint | None
+    starts: Mapping[str, str]
+    choices: Mapping[str, tuple[Any, ...]]
     context_parallel: str | None
     source_digest: str
 
@@ -84,14 +90,17 @@ def register_op(
     saved: Sequence[str] | None = None,
     comm: SizeHint | None = None,
     workspace: SizeHint | None = None,
+    side: SizeHint | None = None,
+    starts: Mapping[str, str] | None = None,
+    choices: Mapping[str, Sequence[Any]] | None = None,
     context_parallel: str | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorate a function of tensors so that capture keeps it as one operator; its own behaviour does not change.
 
     The annotation has one entry per leading parameter; parameters beyond are constants (numbers, strings, None, tuples of them).
     `name` defaults to "module:function" and must lead back to the decorated function. See `RegisteredOp` for the other hints.
-    Raises `UserError` for a malformed annotation, one that has more entries than the function has parameters, or an unknown name in
-    `saved` or `context_parallel`.
+    Raises `UserError` for a malformed annotation, one that has more entries than the function has parameters, or a hint that
+    names what the annotation or the function does not have.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -104,6 +113,9 @@ def register_op(
             saved=None if saved is None else tuple(saved),
             comm=comm,
             workspace=workspace,
+            side=side,
+            starts=dict(starts or {}),
+            choices={parameter: tuple(values) for parameter, values in (choices or {}).items()},
             context_parallel=context_parallel,
             source_digest=_source_digest(function),
         )
@@ -148,6 +160,11 @@ def resolve(name: str) -> RegisteredOp:
     if entry is None:
         raise UserError(f"'{name}' is not a registered operator: decorate it with @register_op and its annotation")
     return entry
+
+
+def choices_of(op: str) -> Mapping[str, tuple[Any, ...]]:
+    """Constants of an operator that the planner may choose: parameter -> values that all compute the same; {} for PyTorch's operators."""
+    return resolve(op).choices if ":" in op else {}
 
 
 # --- capture ---------------------------------------------------------------------------------------------------------------------
@@ -250,6 +267,42 @@ def _check_entry(entry: RegisteredOp) -> None:
             raise UserError(f"operator '{entry.name}': saved= names '{name}', which is neither a parameter nor 'output'")
     if entry.context_parallel is not None and entry.context_parallel not in dict(entry.annotation.marks):
         raise UserError(f"operator '{entry.name}': context_parallel='{entry.context_parallel}' is not a name in its annotation")
+    _check_starts(entry)
+    _check_choices(entry)
+
+
+def _check_starts(entry: RegisteredOp) -> None:
+    """A start belongs to a name that may be split and stands alone, and goes to an int parameter that counts from 0."""
+    marks, extra = dict(entry.annotation.marks), _constant_parameters(entry)
+    for name, parameter in entry.starts.items():
+        where = f"operator '{entry.name}': starts= gives dimension '{name}'"
+        if marks.get(name, "^") != "":
+            reason = "is not a name in its annotation" if name not in marks else "may not be split or is summed over"
+            raise UserError(f"{where}, which {reason}: name a dimension without a mark")
+        if any(name in dim and len(dim) > 1 for dims in (*entry.annotation.inputs, *entry.annotation.outputs) for dim in dims or ()):
+            raise UserError(f"{where}, which is part of a group: its piece has no single start, so leave it out")
+        if parameter not in extra or extra[parameter].default != 0:
+            raise UserError(
+                f"{where} the start '{parameter}': write it as a parameter '{parameter}: int = 0' beyond the annotation's inputs"
+            )
+
+
+def _check_choices(entry: RegisteredOp) -> None:
+    """Choices are at least one value of a constant parameter that is neither a size nor a start."""
+    extra = _constant_parameters(entry)
+    for parameter, values in entry.choices.items():
+        where = f"operator '{entry.name}': choices= names '{parameter}'"
+        if parameter not in extra:
+            raise UserError(f"{where}, which is not a parameter beyond the annotation's inputs: name a constant of the function")
+        if parameter in dict(entry.annotation.marks) or parameter in entry.starts.values():
+            raise UserError(f"{where}, which gives a size or a start and so changes the result: leave it out")
+        if not values or not all(_is_constant(value) for value in values):
+            raise UserError(f"{where} with the values {values}: give one or more numbers, strings, None or tuples of them")
+
+
+def _constant_parameters(entry: RegisteredOp) -> dict[str, inspect.Parameter]:
+    """Parameters beyond those that the annotation describes."""
+    return dict(list(entry.signature.parameters.items())[len(entry.annotation.inputs) :])
 
 
 def _source_digest(function: Callable[..., Any]) -> str:

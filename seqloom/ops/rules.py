@@ -8,6 +8,7 @@ Role in the pipeline: `capture` calls `bind` for every node. In: an operator's n
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from seqloom.annotation import Annotation, AnnotationError, Bound
@@ -58,6 +59,11 @@ def bind(op: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], values: Mapp
     return Annotation.parse(text.text).bind(shapes, **text.sizes)
 
 
+def starts_of(op: str) -> Mapping[str, str]:
+    """Dimensions that may be split only when the operator is told where its piece starts: name -> the keyword that says it."""
+    return resolve(op).starts if is_registered_name(op) else {}
+
+
 def arguments_of(entry: RegisteredOp, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a registered function by parameter name. Raises `UserError` where they do not fit its signature."""
     try:
@@ -80,7 +86,7 @@ def _bind_registered(entry: RegisteredOp, args: tuple[Any, ...], kwargs: Mapping
         raise UserError(f"operator '{entry.name}' got a tensor as '{beyond}', which its annotation does not describe: add an entry for it")
     # Nodes list positional tensors before keywords, and entries of arguments that are not tensors have no place among them.
     order = [places[name] for name in (*list(places)[: len(args)], *kwargs) if name in tensors]
-    return Bound(tuple(bound.inputs[i] for i in order), bound.outputs, bound.named_sizes, bound.frozen, bound.reduced)
+    return replace(bound, inputs=tuple(bound.inputs[i] for i in order))
 
 
 def _tensors(op: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Ref]:

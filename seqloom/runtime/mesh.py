@@ -51,3 +51,8 @@ def axis_mesh(mesh: DeviceMesh, *names: str) -> DeviceMesh:
 def axis_group(mesh: DeviceMesh, *names: str) -> ProcessGroup:
     """The process group of this rank along one axis, or along several: its ranks are then ordered as in the mesh."""
     return axis_mesh(mesh, *names).get_group()
+
+
+def axis_rank(mesh: DeviceMesh, *names: str) -> int:
+    """This rank's index along one axis, or along several flattened in mesh order: 0 to the product of their sizes - 1."""
+    return axis_mesh(mesh, *names).get_local_rank()
