@@ -1,4 +1,4 @@
-"""The commands beside training: `python -m seqloom {compile, explain, dryrun, verify, check-op, checkpoint}`.
+"""The commands beside training: `python -m seqloom {compile, explain, dryrun, verify, check-op, profile, checkpoint}`.
 
 Every command parses its flags, imports the room that does the work, calls it and prints. Nothing heavy is imported before.
 """
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -63,6 +63,20 @@ class CheckOpArguments:
     """Types of inputs that are not floating-point, such as labels=int64."""
     seed: int = 0
     """Seed of the random inputs."""
+
+
+@dataclass(frozen=True)
+class ProfileArguments:
+    """Measure this machine and write a hardware file for --hardware. Start it with torchrun to measure the links between ranks too."""
+
+    device: Literal["cpu", "cuda"] | None = None
+    """What to measure; the GPU where there is one."""
+    output: Path | None = None
+    """File to write; the name with .json when not given."""
+    name: str = "this-machine"
+    """Name of the description."""
+    base: str | None = None
+    """A name in configs/hardware or a file that gives what is not measured here: data-sheet peaks, the margin, links that reach further."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +137,28 @@ def check_op_command(args: Sequence[str], prog: str) -> int:
     return 0 if report.ok else 1
 
 
+def profile_command(args: Sequence[str], prog: str) -> None:
+    """Measure this machine and write a hardware file."""
+    config = parse(ProfileArguments, prog, args)
+    import torch
+
+    from seqloom.cost.hardware import load_hardware
+    from seqloom.cost.profile import profile
+    from seqloom.runtime.mesh import init_distributed
+    from seqloom.trainer.start import choose_device_type, prepare_process
+
+    base = None if config.base is None else load_hardware(config.base)
+    device_type = choose_device_type(config.device or "cuda")
+    if config.device == "cuda" and device_type == "cpu":
+        raise UserError("there is no GPU on this machine that PyTorch can use: leave --device cuda away to measure its CPU")
+    prepare_process(device_type, deterministic=False)
+    device = init_distributed(device_type)
+    try:
+        profile(device, config.name, config.output or Path(f"{config.name}.json"), base, print)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def checkpoint_command(args: Sequence[str], prog: str) -> int | None:
     """List, verify or show checkpoints."""
     return _dispatch(CHECKPOINT_COMMANDS, args, prog, "Look at checkpoints.")
@@ -158,6 +194,7 @@ COMMANDS: Mapping[str, Command] = {
     "dryrun": dryrun_command,
     "verify": verify_command,
     "check-op": check_op_command,
+    "profile": profile_command,
     "checkpoint": checkpoint_command,
 }
 CHECKPOINT_COMMANDS: Mapping[str, Command] = {
