@@ -35,8 +35,19 @@ def _workspace(sizes: Mapping[str, Any]) -> int:
     return 10 * rows * sizes["n"] + 6 * sizes["n"] * sizes["d"]
 
 
+def _side(sizes: Mapping[str, Any]) -> int:
+    """Smallest dimension of its products: the rows of a chunk, the hidden size or the vocabulary."""
+    return min(sizes["chunk_size"], sizes["b"] * sizes["l"], sizes["d"], sizes["n"])
+
+
 @register_op(
-    "b l d^, n^ d^, b l -> b l", dtype=_loss_dtype, flops=_flops, saved=("hidden_states", "weight", "labels"), workspace=_workspace
+    "b l d^, n^ d^, b l -> b l",
+    dtype=_loss_dtype,
+    flops=_flops,
+    saved=("hidden_states", "weight", "labels"),
+    workspace=_workspace,
+    side=_side,
+    choices={"chunk_size": (512, 1024, 2048, 4096, 8192)},
 )
 def chunk_linear_cross_entropy(hidden_states: Tensor, weight: Tensor, labels: Tensor, padding_idx: int, chunk_size: int = 1024) -> Tensor:
     """Per-token cross entropy of `hidden_states @ weight.T`.

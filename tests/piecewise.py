@@ -16,11 +16,15 @@ def local(bound, name, pieces):
     return dataclasses.replace(bound, named_sizes=tuple((n, s // pieces if n == name else s) for n, s in bound.named_sizes))
 
 
-def assemble(run, bound, inputs, cuts):
-    """`run(inputs, output_shapes)` in pieces: `cuts` is a list of (split, pieces), outer to inner."""
+def assemble(run, bound, inputs, cuts, offsets=None):
+    """`run(inputs, output_shapes, offsets)` in pieces: `cuts` is a list of (split, pieces), outer to inner.
+
+    `offsets` says by name where the piece starts, in elements of the whole dimension.
+    """
+    offsets = offsets or {}
     if not cuts:
         shapes = [bound.shape(dims) for dims in bound.outputs]
-        outputs = run(inputs, shapes)
+        outputs = run(inputs, shapes, offsets)
         assert [tuple(x.shape) for x in outputs] == shapes
         return outputs
     (split, pieces), inner = cuts[0], cuts[1:]
@@ -28,7 +32,8 @@ def assemble(run, bound, inputs, cuts):
     parts = []
     for index in range(pieces):
         cut = [x if dim is None else x.chunk(pieces, dim)[index] for x, dim in zip(inputs, split.input_dims, strict=True)]
-        parts.append(assemble(run, below, cut, inner))
+        start = offsets.get(split.name, 0) + index * below.sizes[split.name]
+        parts.append(assemble(run, below, cut, inner, {**offsets, split.name: start}))
     return [
         sum(part[j] for part in parts) if dim is None else torch.cat([part[j] for part in parts], dim)
         for j, dim in enumerate(split.output_dims)
@@ -38,11 +43,20 @@ def assemble(run, bound, inputs, cuts):
 def runner(call):
     """How to run a sample on other tensors, with sizes in its arguments changed to a piece's."""
 
-    def run(inputs, shapes):
+    def run(inputs, shapes, offsets):
         args, kwargs = with_output_shape(call.op, call.args, call.kwargs, shapes[0])
         return dataclasses.replace(call, args=tuple(args), kwargs=kwargs).run(dict(zip(call.inputs, inputs, strict=True)))
 
     return run
+
+
+def down_to(splits, split, pieces):
+    """Cuts that end in `split`, with the names it comes after cut to single elements first."""
+    by_name = {s.name: s for s in splits}
+    before = []
+    for name in split.after:
+        before += [cut for cut in down_to(splits, by_name[name], by_name[name].size) if cut not in before]
+    return [*before, (split, pieces)]
 
 
 def leaves(call):
@@ -65,6 +79,6 @@ def results(outputs, inputs):
 def assert_same(run, bound, make_inputs, cuts):
     """Whole and assembled agree in outputs and gradients."""
     inputs = make_inputs()
-    whole = results(run(inputs, [bound.shape(dims) for dims in bound.outputs]), inputs)
+    whole = results(run(inputs, [bound.shape(dims) for dims in bound.outputs], {}), inputs)
     pieced = results(assemble(run, bound, inputs, cuts), inputs)
     torch.testing.assert_close(pieced, whole, rtol=1e-10, atol=1e-11)

@@ -119,5 +119,29 @@ def choices_lie(x: Tensor, rows: int = 1) -> Tensor:
     return x * rows - (rows - 1) * x.detach()
 
 
+@register_op("a -> a", choices={"rows": (2, 3)})
+def choices_fail(x: Tensor, rows: int = 1) -> Tensor:
+    if x.shape[0] % rows:
+        raise ValueError(f"{rows} rows do not divide {x.shape[0]}")
+    return x.view(-1, rows).reshape(-1)
+
+
+@register_op("b n^ m^ -> b n^ m^")
+def square(x: Tensor) -> Tensor:
+    return x + x.transpose(1, 2)
+
+
+@register_op("(a b c), a, a b -> (a b c)")
+def three_in_one(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    """Scales each element by the entries of its `a` and of its `a b`."""
+    return (x.view(*z.shape, -1) * y[:, None, None] * z[:, :, None]).flatten()
+
+
+@register_op("(a b c), a, a b -> (a b c)")
+def three_lie(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    """Wrong only where `a` and `b` are split to single elements: the sum needs all of `c`."""
+    return three_in_one(x, y, z) + x.sum() * (z.numel() == 1)
+
+
 def plain(x: Tensor) -> Tensor:
     return x

@@ -186,7 +186,13 @@ def test_compiles_without_a_graph_break():
 @pytest.mark.parametrize(
     ("shapes", "options", "words"),
     [
-        ((1, 2, 1, 4, 6, 8), {}, "4 queries and 6 keys cannot have a causal mask: pass causal=False"),
+        (
+            (1, 2, 1, 6, 4, 8),
+            {},
+            "6 causal queries from position 0 on go beyond the 4 keys: pass all keys up to the last query, or causal=False",
+        ),
+        ((1, 2, 1, 4, 6, 8), {"query_start": 3}, "4 causal queries from position 3 on go beyond the 6 keys"),
+        ((1, 2, 1, 4, 6, 8), {"query_start": -1}, "query_start=-1 is in front of the first key: pass 0 or more"),
         ((1, 2, 1, 4, 4, 8), {"causal": False, "window": 2}, "a sliding window \\(2\\) needs a causal mask: pass causal=True"),
         ((1, 2, 1, 4, 4, 8), {"window": 0}, "window=0"),
         ((1, 2, 1, 4, 4, 8), {"softcap": 0.0}, "softcap=0.0"),
@@ -207,8 +213,11 @@ def test_heads_that_do_not_group():
 def test_splits_keep_groups_whole(key_heads, name, pieces):
     values = {n: Value(n, (1, h, 16, 8), torch.float32) for n, h in (("q", 8), ("k", key_heads), ("v", key_heads))}
     bound = bind("seqloom.ops.attention:attention", (Ref("q"), Ref("k"), Ref("v")), {"scale": 0.3, "window": 4}, values)
-    (split,) = bound.splits()
+    split, positions = bound.splits()
     assert (split.name, split.size, split.output_dims) == (name, pieces, (1,))
+    assert (positions.name, positions.size, positions.input_dims, positions.output_dims) == ("l", 16, (2, None, None), (2,))
+    behind = [(s.name, s.size, s.input_dims, s.after) for s in bound.splits(nested=True) if s.after]
+    assert behind == ([("g", 2, (1, None, None), ("k",))] if name == "k" else [])
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 2}, {"softcap": 2.0}, {"causal": False}], ids=str)

@@ -27,11 +27,16 @@ def lies(report):
         ("sample_ops:logarithm", {}, ["a"]),
         ("custom_ops.swiglu:swiglu", {}, ["*0", "*1", "f"]),
         ("chunk_linear_cross_entropy:chunk_linear_cross_entropy", {"args": {"padding_idx": 1, "chunk_size": 5}}, ["b", "l"]),
-        ("seqloom.ops.attention:attention", {"sizes": {"l": 6, "m": 6}, "args": {"scale": 0.3}}, ["b", "k", "g"]),
-        ("seqloom.ops.attention:attention", {"args": {"scale": 0.3, "causal": False}}, ["b", "k", "g"]),
-        ("seqloom.ops.attention:attention", {}, ["b", "k", "g"]),  # frozen sizes alike, a stand-in for the scale
+        ("seqloom.ops.attention:attention", {"sizes": {"l": 6, "m": 6}, "args": {"scale": 0.3}}, ["b", "k", "l", "g"]),
+        ("seqloom.ops.attention:attention", {"args": {"scale": 0.3, "causal": False}}, ["b", "k", "l", "g"]),
+        ("seqloom.ops.attention:attention", {}, ["b", "k", "l", "g"]),  # a stand-in for the scale, more keys than queries
+        ("seqloom.ops.attention:attention", {"args": {"scale": 0.3, "query_start": 3}}, ["b", "k", "l", "g"]),
+        ("sample_ops:square", {}, ["b"]),  # frozen sizes alike
+        ("sample_ops:shifted", {}, ["b", "l"]),
+        ("sample_ops:shifted", {"args": {"rows": 3, "first": 2}, "sizes": {"m": 9, "l": 6}}, ["b", "l"]),
+        ("sample_ops:three_in_one", {}, ["a", "b", "c"]),
         ("chunk_linear_cross_entropy:chunk_linear_cross_entropy", {}, ["b", "l"]),
-        ("seqloom.ops.attention:attention", {"sizes": {"l": 6, "m": 6}, "args": {"scale": 0.3, "window": 2}}, ["b", "k", "g"]),
+        ("seqloom.ops.attention:attention", {"sizes": {"l": 6, "m": 6}, "args": {"scale": 0.3, "window": 2}}, ["b", "k", "l", "g"]),
     ],
 )
 def test_true_annotations(target, options, names):
@@ -93,12 +98,32 @@ def test_lie_about_shapes_and_dtypes():
         ("sample_ops:repeated", {"sizes": {"b": 3}}, "b=3 cannot be cut in 2: give an even one with --sizes b=..."),
         ("sample_ops:scaled", {"args": {"powers": 3}}, "no parameter 'powers': it takes x, scale, power, options"),
         ("sample_ops:scaled", {"dtypes": {"x": "int65"}}, "x=int65 is not one of PyTorch's"),
-        ("seqloom.ops.attention:attention", {"sizes": {"l": 6, "m": 8}}, "6 queries and 8 keys cannot have a causal mask"),
+        ("seqloom.ops.attention:attention", {"sizes": {"l": 8, "m": 6}}, "8 causal queries from position 0 on go beyond the 6 keys"),
     ],
 )
 def test_mistakes(target, options, words):
     with pytest.raises(UserError, match=words):
         check_op(target, **options)
+
+
+def test_lie_about_a_start():
+    """The first piece is right; the second reads what belongs to the first."""
+    report = check_op("sample_ops:shifted_lie")
+    assert list(lies(report)) == ["l"] and "output 0 differs by" in lies(report)["l"] and "the gradient of table" in lies(report)["l"]
+
+
+def test_lie_about_a_choice():
+    report = check_op("sample_ops:choices_lie")
+    assert not report.ok and not lies(report)
+    (problem,) = report.problems
+    assert problem.startswith("with rows=2, which choices= allows, the gradient of x differs by")
+    assert "WRONG" in format_report(report) and "the annotation is true" not in format_report(report)
+    (problem,) = check_op("sample_ops:choices_fail").problems
+    assert problem == "with rows=3, which choices= allows, the operator fails: 3 rows do not divide 4"
+
+
+def test_lie_that_shows_only_behind_two_others():
+    assert list(lies(check_op("sample_ops:three_lie"))) == ["c"]
 
 
 def test_same_inputs_every_time():

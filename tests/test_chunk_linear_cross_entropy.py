@@ -13,8 +13,8 @@ from chunk_linear_cross_entropy import chunk_linear_cross_entropy
 from seqloom.errors import UserError
 from seqloom.graph import Ref
 from seqloom.ops.check import check_op
-from seqloom.ops.flops import workspace_bytes
-from seqloom.ops.registry import resolve
+from seqloom.ops.flops import matmul_side, workspace_bytes
+from seqloom.ops.registry import choices_of, resolve
 
 torch.set_num_threads(1)
 PAD = -100
@@ -199,3 +199,25 @@ def test_registration():
     for dtype, out in ((torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64, torch.float64)):
         assert entry.output_dtype([dtype, dtype, torch.int64]) == out
     assert check_op(entry.name, args={"padding_idx": 2, "chunk_size": 3}).ok
+
+
+def test_the_chunk_is_the_planners_to_choose():
+    """Larger chunks make larger products and need more memory; the result stays."""
+    name, args = "chunk_linear_cross_entropy:chunk_linear_cross_entropy", (Ref("h"), Ref("w"), Ref("y"))
+    choices = choices_of(name)["chunk_size"]
+    assert list(choices_of(name)) == ["chunk_size"] and choices == (512, 1024, 2048, 4096, 8192)
+    sizes = {"b": 1, "l": 16384, "d": 4096, "n": 128256}
+    kwargs = [{"padding_idx": PAD, "chunk_size": chunk} for chunk in choices]
+    assert [matmul_side(name, args, k, sizes) for k in kwargs] == [512, 1024, 2048, 4096, 4096]
+    assert [matmul_side(name, args, k, {**sizes, "l": 700, "b": 2}) for k in kwargs] == [512, 1024, 1400, 1400, 1400]
+    assert matmul_side(name, args, {"padding_idx": PAD}, {**sizes, "n": 300}) == 300
+    needed = [workspace_bytes(name, args, k, sizes) for k in kwargs]
+    assert needed == sorted(set(needed))
+    assert needed[1] - needed[0] == 10 * 512 * 128256
+
+
+def test_every_choice_computes_the_same():
+    hidden_states, weight, labels = make(1, 9000, 2, 5)
+    expected = results(plain, hidden_states, weight, labels, PAD)
+    for chunk in choices_of("chunk_linear_cross_entropy:chunk_linear_cross_entropy")["chunk_size"]:
+        torch.testing.assert_close(results(chunk_linear_cross_entropy, hidden_states, weight, labels, PAD, chunk), expected)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from op_samples import SAMPLES, sample, t
-from piecewise import assemble, assert_same, leaves, results, runner
+from piecewise import assemble, assert_same, down_to, leaves, results, runner
 
 from chunk_linear_cross_entropy import chunk_linear_cross_entropy
 from custom_ops.swiglu import swiglu
@@ -16,6 +16,7 @@ from seqloom.ops.rules import bind
 
 torch.set_num_threads(1)
 SPLIT = [call for call in SAMPLES if bind(call.op, call.args, call.kwargs, call.values).splits()]
+NESTED = [call for call in SPLIT if any(s.after for s in bind(call.op, call.args, call.kwargs, call.values).splits(nested=True))]
 
 
 @pytest.mark.parametrize("call", SPLIT, ids=repr)
@@ -43,6 +44,23 @@ def test_one_dimension_split_over_two_axes(call):
             assert_same(runner(call), bound, lambda: leaves(call), [(split, 2), (split, 2)])
 
 
+@pytest.mark.parametrize("call", NESTED, ids=repr)
+def test_names_behind_others_split_once_these_are_split(call):
+    """Alone, and with a further name split inside it."""
+    bound = bind(call.op, call.args, call.kwargs, call.values)
+    splits = bound.splits(nested=True)
+    for split in (s for s in splits if s.after):
+        cuts = down_to(splits, split, split.size)
+        assert_same(runner(call), bound, lambda: leaves(call), cuts)
+        used = [cut[0] for cut in cuts]
+        for other in (s for s in bound.splits() if s not in used and s.size % 2 == 0):
+            assert_same(runner(call), bound, lambda: leaves(call), [*cuts, (other, 2)])
+
+
+def test_samples_have_names_behind_others():
+    assert len(NESTED) >= 3
+
+
 def model_calls():
     """Operators of ours with inputs: (function of tensors, annotation, inputs)."""
     generator = torch.Generator().manual_seed(0)
@@ -55,19 +73,27 @@ def model_calls():
     for heads, key_heads in ((8, 4), (4, 4), (4, 1)):
         for options in ({}, {"window": 3}, {"softcap": 2.0}, {"causal": False}):
             tensors = [rand(2, heads, 6, 8), rand(2, key_heads, 6, 8), rand(2, key_heads, 6, 8)]
-            run = lambda q, k, v, options=options: attention(q, k, v, 0.3, **options)  # noqa: E731
+            run = lambda q, k, v, options=options, **start: attention(q, k, v, 0.3, **options, **start)  # noqa: E731
             yield f"attention-{heads}-{key_heads}-{options}", run, attention, tensors
 
 
 @pytest.mark.parametrize(("function", "operator", "tensors"), [c[1:] for c in model_calls()], ids=[c[0] for c in model_calls()])
 def test_operators_of_ours(function, operator, tensors):
     bound = registered(operator).annotation.bind([tuple(x.shape) for x in tensors])
-    run = lambda inputs, shapes: [function(*inputs)]  # noqa: E731
+    starts = registered(operator).starts
+
+    def run(inputs, shapes, offsets):
+        return [function(*inputs, **{keyword: offsets.get(name, 0) for name, keyword in starts.items()})]
+
     make = lambda: [x.detach().clone().requires_grad_(x.is_floating_point()) for x in tensors]  # noqa: E731
     splits = bound.splits()
     assert len(splits) >= 2
-    for split in splits:
-        assert_same(run, bound, make, [(split, split.size)])
+    for split in bound.splits(nested=True):
+        cuts = down_to(bound.splits(nested=True), split, split.size)
+        assert_same(run, bound, make, cuts)
+        assert_same(run, bound, make, [*cuts, *((s, 2) for s in splits if s.name == "l" != split.name)])
+        if split.size % 4 == 0:
+            assert_same(run, bound, make, [*cuts[:-1], (split, 2), (split, 2)])
     for first, second in itertools.permutations(splits, 2):
         assert_same(run, bound, make, [(first, 2), (second, 2)])
 
@@ -108,7 +134,7 @@ def test_a_head_split_runs_through_a_layer():
     make = lambda: [w.clone().requires_grad_() for w in (x, wq, wk, wv, wo)]  # noqa: E731
     split = next(split for split in bound.splits() if split.name == "h")
     assert split.reduced and split.input_dims == (None, 0, 0, 0, 1)
-    assert_same(lambda inputs, shapes: [attention_layer(*inputs)], bound, make, [(split, 2)])
+    assert_same(lambda inputs, shapes, offsets: [attention_layer(*inputs)], bound, make, [(split, 2)])
 
 
 def _node(call):
@@ -119,9 +145,9 @@ def test_assemble_finds_a_lie():
     """The checker of this file is no rubber stamp."""
     bound = Annotation.parse("a b -> a b").bind([(4, 6)])
     x = t(4, 6).requires_grad_()
-    run = lambda inputs, shapes: [inputs[0].softmax(-1)]  # noqa: E731
+    run = lambda inputs, shapes, offsets: [inputs[0].softmax(-1)]  # noqa: E731
     rows, columns = bound.splits()
-    whole = results(run([x], []), [x])
+    whole = results(run([x], [], {}), [x])
     for split, same in ((rows, True), (columns, False)):
         pieced = results(assemble(run, bound, [x], [(split, 2)]), [x])
         assert all(torch.allclose(a, b) for a, b in zip(pieced, whole, strict=True)) == same

@@ -1,12 +1,13 @@
 """Attention: the one operator that capture puts in place of the model's own.
 
 Tensors are `[b, heads, l, e]`: batch, heads, positions, head size. Queries have `k * g` heads for `k` key/value heads (grouped-query
-attention), so a split of the heads gives each piece whole groups. Positions are frozen: a plan that splits the sequence moves to a split
-of the heads around this operator.
+attention), so a split of the heads gives each piece whole groups. The positions of the queries may be split too: each piece then has all
+keys and values and is told where it starts (`query_start`), so that its causal mask is right. Those of the keys are frozen.
 
-Plain causal or full attention is PyTorch's fused `scaled_dot_product_attention`, with memory linear in the number of positions. A sliding
-window or a soft cap, which that function lacks, takes the explicit path below: queries in chunks, each against the keys it can see,
-recomputed in the backward pass from the log-sum-exp (Dao et al., FlashAttention, arXiv:2205.14135), so that no l x l matrix exists.
+Plain causal or full attention is PyTorch's fused `scaled_dot_product_attention`, with memory linear in the number of positions; a later
+piece of the queries takes two calls of its kernel (`seqloom.ops.fused`). A sliding window or a soft cap, which that function lacks, takes
+the explicit path below: queries in chunks, each against the keys it can see, recomputed in the backward pass from the log-sum-exp (Dao et
+al., FlashAttention, arXiv:2205.14135), so that no l x l matrix exists.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from seqloom.errors import UserError
+from seqloom.ops.fused import kernel_for, later_attention
 from seqloom.ops.registry import register_op
 
 _CHUNK = 512
@@ -26,37 +28,59 @@ _TILE = 2**28  # scores at once, over all heads: 1 GiB in fp32
 
 
 def _flops(sizes: Mapping[str, Any]) -> int:
-    """Two products of 2 * l * m * e per query head; a causal mask halves the pairs, a window bounds them."""
-    heads, keys = sizes["b"] * sizes["k"] * sizes["g"], sizes["m"]
-    if sizes["window"] is not None and sizes["window"] < keys:
-        pairs = sizes["l"] * sizes["window"]
-    else:
-        pairs = sizes["l"] * keys // (2 if sizes["causal"] else 1)
-    return 4 * heads * pairs * sizes["e"]
+    """Two products of 2 * e per visible pair of a query head and a key."""
+    return 4 * sizes["b"] * sizes["k"] * sizes["g"] * _pairs(sizes) * sizes["e"]
+
+
+def _pairs(sizes: Mapping[str, Any]) -> int:
+    """Visible pairs of a query and a key; the diagonal of a causal mask counts half, so that pieces add up to half the square.
+
+    A window over all queries counts as full for every one of them; over a piece, as far as its queries reach back.
+    """
+    (queries, keys), start, window = (sizes["l"], sizes["m"]), sizes["query_start"], sizes["window"]
+    if not sizes["causal"]:
+        return queries * keys
+    if window is None or window >= start + queries:
+        return queries * start + queries * queries // 2
+    if queries == keys:
+        return queries * window
+
+    def up_to(position: int) -> int:
+        reach = min(position, window)
+        return reach * reach + 2 * window * (position - reach)
+
+    return (up_to(start + queries) - up_to(start)) // 2
 
 
 def _workspace(sizes: Mapping[str, Any]) -> int:
-    """Bytes of temporaries of the backward pass: fused, the query gradient in fp32 and key/value gradients per query head; explicit, six
-    tiles of scores and the key/value gradients in fp32."""
-    groups, keys = sizes["b"] * sizes["k"], sizes["m"]
-    heads = groups * sizes["g"]
+    """Bytes of temporaries of the backward pass: fused, the query gradient in fp32 and key/value gradients per query head, and for a later
+    piece those of both its calls; explicit, six tiles of scores and the key/value gradients in fp32."""
+    groups, queries, start = sizes["b"] * sizes["k"], sizes["l"], sizes["query_start"]
+    heads, keys = groups * sizes["g"], start + queries if sizes["causal"] else sizes["m"]
     if sizes["softcap"] is None and (sizes["window"] is None or sizes["window"] >= keys):
-        return 4 * heads * sizes["e"] * (sizes["l"] + (keys if sizes["g"] > 1 else 0))
-    columns = keys if sizes["window"] is None else min(keys, sizes["window"] + _CHUNK)
-    return 4 * (6 * heads * min(sizes["l"], _rows(heads, keys, sizes["window"])) * columns + 2 * groups * keys * sizes["e"])
+        largest, twice = (max(start, queries), 2) if sizes["causal"] and start else (keys, 1)
+        per_head = 4 * heads * sizes["e"] * (twice * queries + (largest if sizes["g"] > 1 else 0))
+        return per_head + (4 * groups * sizes["e"] * keys if twice == 2 else 0)
+    columns = _columns(keys, sizes["window"])
+    return 4 * (6 * heads * min(queries, _rows(heads, columns)) * columns + 2 * groups * sizes["m"] * sizes["e"])
 
 
-def _rows(heads: int, keys: int, window: int | None) -> int:
+def _columns(keys: int, window: int | None) -> int:
+    """Keys that one chunk of queries can see."""
+    return keys if window is None else min(keys, window + _CHUNK)
+
+
+def _rows(heads: int, columns: int) -> int:
     """Queries in a chunk: as many as keep the scores of all heads within a tile."""
-    columns = keys if window is None else min(keys, window + _CHUNK)
     return max(1, min(_CHUNK, _TILE // (heads * columns)))
 
 
 @register_op(
-    "b (k g) l^ e^, b k m^ e^, b k m^ e^ -> b (k g) l^ e^",
+    "b (k g) l e^, b k m^ e^, b k m^ e^ -> b (k g) l e^",
     flops=_flops,
     saved=("query", "key", "value", "output"),
     workspace=_workspace,
+    starts={"l": "query_start"},
 )
 def attention(
     query: Tensor,
@@ -66,25 +90,30 @@ def attention(
     causal: bool = True,
     window: int | None = None,
     softcap: float | None = None,
+    query_start: int = 0,
 ) -> Tensor:
     """softmax(mask(cap(scale * query @ key^T))) @ value, per head.
 
-    query `[b, k * g, l, e]`, key and value `[b, k, m, e]` -> `[b, k * g, l, e]`; query head i reads key/value head i // g. Position i
-    sees position j when j <= i (`causal`) and j > i - `window`; `softcap` c replaces a score s by c * tanh(s / c). Raises `UserError`
-    for a causal mask over l != m positions, a window without a causal mask, a window or cap that is not positive, and heads that do not
-    group.
+    query `[b, k * g, l, e]`, key and value `[b, k, m, e]` -> `[b, k * g, l, e]`; query head i reads key/value head i // g. Row i of the
+    queries is position p = `query_start` + i among the keys and sees position j when j <= p (`causal`) and j > p - `window`; `softcap` c
+    replaces a score s by c * tanh(s / c). Raises `UserError` for causal queries beyond the last key, a negative start, a window without a
+    causal mask, a window or cap that is not positive, and heads that do not group.
     """
-    _check(query, key, causal, window, softcap)
-    if softcap is None and (window is None or window >= key.shape[2]):
-        return _fused(query, key, value, scale, causal)
-    return _ChunkedAttention.apply(query, key, value, scale, causal, window, softcap)
+    _check(query, key, causal, window, softcap, query_start)
+    seen = query_start + query.shape[2] if causal else key.shape[2]
+    if softcap is None and (window is None or window >= seen):
+        return _fused(query, key, value, scale, causal, query_start)
+    return _ChunkedAttention.apply(query, key, value, scale, causal, window, softcap, query_start)
 
 
-def _check(query: Tensor, key: Tensor, causal: bool, window: int | None, softcap: float | None) -> None:
+def _check(query: Tensor, key: Tensor, causal: bool, window: int | None, softcap: float | None, query_start: int) -> None:
     if query.shape[1] % key.shape[1]:
         raise UserError(f"attention: {query.shape[1]} query heads cannot share {key.shape[1]} key/value heads evenly: use a multiple")
-    if causal and query.shape[2] != key.shape[2]:
-        raise UserError(f"attention: {query.shape[2]} queries and {key.shape[2]} keys cannot have a causal mask: pass causal=False")
+    if query_start < 0:
+        raise UserError(f"attention: query_start={query_start} is in front of the first key: pass 0 or more")
+    if causal and query_start + query.shape[2] > key.shape[2]:
+        where = f"{query.shape[2]} causal queries from position {query_start} on"
+        raise UserError(f"attention: {where} go beyond the {key.shape[2]} keys: pass all keys up to the last query, or causal=False")
     if window is not None and window < 1:
         raise UserError(f"attention: window={window} shows no key to a query: pass 1 or more, or None for all keys")
     if softcap is not None and softcap <= 0:
@@ -93,26 +122,36 @@ def _check(query: Tensor, key: Tensor, causal: bool, window: int | None, softcap
         raise UserError(f"attention: a sliding window ({window}) needs a causal mask: pass causal=True")
 
 
-def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> Tensor:
+def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, query_start: int) -> Tensor:
     grouped = query.shape[1] != key.shape[1]
     if grouped and query.device.type == "cuda" and query.dtype not in (torch.float16, torch.bfloat16):
         # The fused kernels for these dtypes know no groups, and the fallback would hold an l x l matrix.
         key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
         grouped = False
+    if causal and query_start:
+        kernel = kernel_for(query, key)
+        if kernel is None:
+            return _ChunkedAttention.apply(query, key, value, scale, True, None, None, query_start)
+        return later_attention(query, key, value, scale, query_start, kernel)
+    if causal and query.shape[2] < key.shape[2]:  # the first piece of the queries sees the first keys only
+        key, value = (x[:, :, : query.shape[2]] for x in (key, value))
     return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale, enable_gqa=grouped)
+
+
+# --- the explicit path -----------------------------------------------------------------------------------------------------------
+
+_Options = tuple[float, bool, int | None, float | None, int]
 
 
 class _ChunkedAttention(torch.autograd.Function):
     """Attention with a window or a soft cap, a chunk of queries at a time, in fp32 for half-precision inputs."""
 
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, window: int | None, softcap: float | None
-    ) -> Tensor:
-        ctx.options = (scale, causal, window, softcap)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
+        ctx.options = options
         grouped = _group(query, key)
         output, lse = torch.empty_like(grouped), grouped.new_empty(grouped.shape[:-1], dtype=_accumulate(query.dtype))
-        for rows, columns in _tiles(query, key, causal, window):
+        for rows, columns in _tiles(query, key, options):
             scores, _ = _scores(grouped, key, rows, columns, ctx.options)
             lse[..., rows] = scores.logsumexp(-1)
             weights = (scores - lse[..., rows, None]).exp()
@@ -124,11 +163,11 @@ class _ChunkedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, lse = ctx.saved_tensors
-        scale, causal, window, softcap = ctx.options
+        scale = ctx.options[0]
         q, out, grad = (_group(x, key) for x in (query, output, grad))
         d_query = torch.empty_like(q)
         d_key, d_value = (torch.zeros_like(x, dtype=lse.dtype) for x in (key, value))
-        for rows, columns in _tiles(query, key, causal, window):
+        for rows, columns in _tiles(query, key, ctx.options):
             scores, slope = _scores(q, key, rows, columns, ctx.options)
             weights = (scores - lse[..., rows, None]).exp()
             d_out = grad[..., rows, :].to(lse.dtype)
@@ -138,7 +177,7 @@ class _ChunkedAttention(torch.autograd.Function):
             d_query[..., rows, :] = _times(d_scores, key[:, :, columns].to(lse.dtype)).to(d_query.dtype)
             d_key[:, :, columns] += _times_transposed(d_scores, q[..., rows, :])
             d_value[:, :, columns] += _times_transposed(weights, d_out)
-        return d_query.view(query.shape), d_key.to(key.dtype), d_value.to(value.dtype), None, None, None, None
+        return d_query.view(query.shape), d_key.to(key.dtype), d_value.to(value.dtype), None, None, None, None, None
 
 
 def _accumulate(dtype: torch.dtype) -> torch.dtype:
@@ -150,28 +189,27 @@ def _group(x: Tensor, key: Tensor) -> Tensor:
     return x.unflatten(1, (key.shape[1], -1)).contiguous()
 
 
-def _tiles(query: Tensor, key: Tensor, causal: bool, window: int | None) -> Iterator[tuple[slice, slice]]:
+def _tiles(query: Tensor, key: Tensor, options: _Options) -> Iterator[tuple[slice, slice]]:
     """Chunks of queries, each with the range of keys that some query of the chunk can see."""
-    (batch, heads, length, _), keys = query.shape, key.shape[2]
-    rows = _rows(batch * heads, keys, window)
+    (batch, heads, length, _), (_, causal, window, _, begin) = query.shape, options
+    keys = begin + length if causal else key.shape[2]
+    rows = _rows(batch * heads, _columns(keys, window))
     for start in range(0, length, rows):
         stop = min(start + rows, length)
-        first = 0 if window is None else max(0, start - window + 1)
-        yield slice(start, stop), slice(first, stop if causal else keys)
+        first = 0 if window is None else max(0, begin + start - window + 1)
+        yield slice(start, stop), slice(first, begin + stop if causal else keys)
 
 
-def _scores(
-    query: Tensor, key: Tensor, rows: slice, columns: slice, options: tuple[float, bool, int | None, float | None]
-) -> tuple[Tensor, Tensor | float]:
+def _scores(query: Tensor, key: Tensor, rows: slice, columns: slice, options: _Options) -> tuple[Tensor, Tensor | float]:
     """Masked, capped scores `[b, k, g, rows, columns]` and the derivative of the cap."""
-    scale, causal, window, softcap = options
+    scale, causal, window, softcap, begin = options
     dtype, slope = _accumulate(query.dtype), 1.0
     scores = _times(query[..., rows, :].to(dtype), key[:, :, columns].to(dtype).transpose(-1, -2)) * scale
     if softcap is not None:
         capped = torch.tanh(scores / softcap)
         scores, slope = capped * softcap, 1 - capped * capped
     if causal:
-        i = torch.arange(rows.start, rows.stop, device=query.device)[:, None]
+        i = torch.arange(begin + rows.start, begin + rows.stop, device=query.device)[:, None]
         j = torch.arange(columns.start, columns.stop, device=query.device)[None]
         hidden = j > i if window is None else (j > i) | (j <= i - window)
         scores = scores.masked_fill(hidden, float("-inf"))

@@ -1,14 +1,14 @@
 """check-op: does an annotation tell the truth?
 
-An operator runs whole and, for every name its annotation lets a plan split, in pieces; forward and backward, in fp64. In: a registered
-function (`check_op`), whose inputs are made up from its annotation, or one call of a PyTorch operator (`check_rule`). Out: a `Report`
-that names each dimension for which the annotation lies and what differs. No processes and no device are needed: pieces run one after
-another (`seqloom.ops.pieces`).
+An operator runs whole and, for every name its annotation lets a plan split, in pieces; forward and backward, in fp64. A piece is told
+where it starts if `starts=` says so, and every value that `choices=` allows must compute the same. In: a registered function (`check_op`),
+whose inputs are made up from its annotation, or one call of a PyTorch operator (`check_rule`). Out: a `Report` that names each dimension
+for which the annotation lies and what differs. No processes and no device are needed: pieces run one after another (`seqloom.ops.pieces`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from seqloom.annotation import Annotation, Bound
 from seqloom.errors import UserError
 from seqloom.graph import Ref, Value, map_refs
-from seqloom.ops.pieces import OperatorFailure, Report, Run, SplitReport, compare
+from seqloom.ops.pieces import Offsets, OperatorFailure, Report, Run, SplitReport, compare, differences
 from seqloom.ops.registry import RegisteredOp, resolve
 from seqloom.ops.rules import bind
 from seqloom.ops.views import with_output_shape
@@ -74,7 +74,7 @@ def check_rule(op: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], inputs
     map_refs((args, tuple(kwargs.values())), refs.append)
     order = [ref.name for ref in refs]
 
-    def run(tensors: Sequence[Tensor], output_shapes: Sequence[tuple[int, ...]]) -> Sequence[Tensor]:
+    def run(tensors: Sequence[Tensor], output_shapes: Sequence[tuple[int, ...]], offsets: Offsets) -> Sequence[Tensor]:
         places = iter(tensors)
         given = map_refs(args, lambda _: next(places))
         given_kwargs = {name: map_refs(value, lambda _: next(places)) for name, value in kwargs.items()}
@@ -129,14 +129,15 @@ def _names(annotation: Annotation) -> list[str]:
 
 
 def _size_choices(entry: RegisteredOp, given: Mapping[str, int]) -> Iterator[dict[str, int]]:
-    """Even, distinct sizes; then, for each name that leads a group, the same with that name 1."""
+    """Even, distinct sizes; then, for each name that another follows in a group, the same with it and all in front of it 1."""
     annotation = entry.annotation
     plain = {name: given.get(name, 4 + 2 * i) for i, name in enumerate(_names(annotation))}
     yield plain
     groups = [dim for dims in (*annotation.inputs, *annotation.outputs) for dim in dims or () if len(dim) > 1]
-    for leader in dict.fromkeys(dim[0] for dim in groups):
-        if leader in plain and leader not in given:
-            yield {**plain, leader: 1}
+    for ones in dict.fromkeys(dim[:i] for dim in groups for i in range(1, len(dim))):
+        ones = [name for name in ones if name in plain]
+        if ones and not given.keys() & ones:
+            yield {**plain, **dict.fromkeys(ones, 1)}
 
 
 def _check_once(entry: RegisteredOp, sizes: Mapping[str, int], args: Mapping[str, Any], dtypes: Mapping[str, str], seed: int) -> Report:
@@ -148,11 +149,17 @@ def _check_once(entry: RegisteredOp, sizes: Mapping[str, int], args: Mapping[str
     kept = [i for i, name in enumerate(_annotated(entry)) if name in tensors]
     bound = replace(whole, inputs=tuple(whole.inputs[i] for i in kept))
 
-    def run(pieces: Sequence[Tensor], output_shapes: Sequence[tuple[int, ...]]) -> Sequence[Tensor]:
-        return _as_sequence(entry.function(**dict(zip(tensors, pieces, strict=True)), **constants))
+    def run_with(changes: Mapping[str, Any]) -> Run:
+        def run(pieces: Sequence[Tensor], output_shapes: Sequence[tuple[int, ...]], offsets: Offsets) -> Sequence[Tensor]:
+            starts = {parameter: constants.get(parameter, 0) + offsets.get(name, 0) for name, parameter in entry.starts.items()}
+            return _as_sequence(entry.function(**dict(zip(tensors, pieces, strict=True)), **{**constants, **starts, **changes}))
 
-    report = compare(entry.name, str(entry.annotation), bound, run, list(tensors.values()), list(tensors))
-    return replace(report, problems=(*report.problems, *_dtype_problems(entry, run, list(tensors.values()))))
+        return run
+
+    run, inputs = run_with({}), list(tensors.values())
+    report = compare(entry.name, str(entry.annotation), bound, run, inputs, list(tensors))
+    problems = [*_dtype_problems(entry, run, inputs), *_choice_problems(entry, run_with, inputs, list(tensors))]
+    return replace(report, problems=(*report.problems, *problems))
 
 
 def _annotated(entry: RegisteredOp) -> list[str]:
@@ -199,8 +206,21 @@ def _constants(entry: RegisteredOp, tensors: Mapping[str, Tensor], args: Mapping
 
 def _dtype_problems(entry: RegisteredOp, run: Run, tensors: Sequence[Tensor]) -> list[str]:
     said = entry.output_dtype([tensor.dtype for tensor in tensors])
-    found = [output.dtype for output in run(tensors, ())]
+    found = [output.dtype for output in run(tensors, (), {})]
     return [f"output {j} has dtype {dtype}, but dtype= says {said}" for j, dtype in enumerate(found) if dtype != said]
+
+
+def _choice_problems(
+    entry: RegisteredOp, run_with: Callable[[Mapping[str, Any]], Run], inputs: Sequence[Tensor], names: Sequence[str]
+) -> Iterator[str]:
+    """Every choice of a constant must compute what the constant in use computes."""
+    for parameter, values in entry.choices.items():
+        for value in values:
+            try:
+                found = differences(run_with({}), run_with({parameter: value}), inputs, names)
+            except Exception as error:
+                found = (f"the operator fails: {error}",)
+            yield from (f"with {parameter}={value}, which choices= allows, {problem}" for problem in found)
 
 
 def _as_sequence(outputs: Any) -> Sequence[Tensor]:

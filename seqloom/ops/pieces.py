@@ -6,7 +6,7 @@ are concatenated, or summed for `+` names; gradients of split inputs are concate
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +18,8 @@ from seqloom.errors import UserError
 PIECES = 2
 TOLERANCE = 1e-9
 
-Run = Callable[[Sequence[Tensor], Sequence[tuple[int, ...]]], Sequence[Tensor]]
+Offsets = Mapping[str, int]
+Run = Callable[[Sequence[Tensor], Sequence[tuple[int, ...]], Offsets], Sequence[Tensor]]
 
 
 class OperatorFailure(UserError):
@@ -60,25 +61,25 @@ class _Result:
 def compare(op: str, annotation: str, bound: Bound, run: Run, inputs: Sequence[Tensor], names: Sequence[str]) -> Report:
     """Run whole and split along every name that may be split.
 
-    `run` takes the tensor inputs and the shapes its outputs should have; `names` are those of the inputs, for the report. Raises
-    `OperatorFailure` where the operator fails on whole inputs, `UserError` where a size cannot be cut.
+    `run` takes the tensor inputs, the shapes its outputs should have, and where the piece starts in the split dimension by name ({} for
+    the whole); `names` are those of the inputs, for the report. Raises `OperatorFailure` where the operator fails on whole inputs,
+    `UserError` where a size cannot be cut.
     """
     shapes = [bound.shape(dims) for dims in bound.outputs]
     report = Report(op, annotation, bound.named_sizes, ())
     try:
-        outputs = run(inputs, shapes)
+        outputs = run(inputs, shapes, {})
         if any(x.is_floating_point() and not x.isfinite().all() for x in outputs):  # a logarithm or a root: stay above zero
             inputs = [x.abs() + 0.5 if x.is_floating_point() else x for x in inputs]
-            outputs = run(inputs, shapes)
+            outputs = run(inputs, shapes, {})
     except Exception as error:
         sizes = " ".join(f"{name}={size}" for name, size in bound.named_sizes)
         raise OperatorFailure(f"operator '{op}' fails on whole inputs of sizes {sizes}: {error}") from error
     found = [tuple(output.shape) for output in outputs]
     if found != shapes:
         return replace(report, problems=(f"the outputs have shapes {found}, but the annotation says {shapes}",))
-    generator = torch.Generator().manual_seed(1)
-    weights = [torch.randn(x.shape, dtype=torch.float64, generator=generator).to(x.dtype) for x in outputs]
-    whole = _forward_backward(run, inputs, weights, shapes)
+    weights = _weights(outputs)
+    whole = _forward_backward(run, inputs, weights, shapes, {})
     return replace(report, splits=tuple(_check_split(bound, split, run, inputs, weights, whole, names) for split in bound.splits()))
 
 
@@ -96,16 +97,37 @@ def _check_split(
         cut_inputs = [_cut(x, dim, index) for x, dim in zip(inputs, split.input_dims, strict=True)]
         cut_weights = [_cut(x, dim, index) for x, dim in zip(weights, split.output_dims, strict=True)]
         try:
-            pieces.append(_forward_backward(run, cut_inputs, cut_weights, shapes))
+            pieces.append(_forward_backward(run, cut_inputs, cut_weights, shapes, {split.name: index * split.size // PIECES}))
         except Exception as error:
             return SplitReport(split.name, tuple(places), float("inf"), (f"the operator fails on a piece: {error}",))
+    error, problems = _differences(_comparisons(split, whole, pieces, names))
+    return SplitReport(split.name, tuple(places), error, problems)
+
+
+def differences(first: Run, second: Run, inputs: Sequence[Tensor], names: Sequence[str]) -> tuple[str, ...]:
+    """How two ways to run one operator on the same whole inputs differ in outputs and gradients; nothing where they agree."""
+    outputs = first(inputs, (), {})
+    weights, shapes = _weights(outputs), [tuple(x.shape) for x in outputs]
+    whole, other = (_forward_backward(run, inputs, weights, shapes, {}) for run in (first, second))
+    same = Split("", 1, (0,) * len(inputs), (0,) * len(outputs), False)
+    return _differences(_comparisons(same, whole, [other], names))[1]
+
+
+def _weights(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Random weights whose sum over the outputs is what gradients are taken of."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(x.shape, dtype=torch.float64, generator=generator).to(x.dtype) for x in outputs]
+
+
+def _differences(comparisons: Iterable[tuple[str, Tensor, Tensor]]) -> tuple[float, tuple[str, ...]]:
+    """The largest relative difference, and a sentence for each one that is too large."""
     error, problems = 0.0, []
-    for what, mine, its in _comparisons(split, whole, pieces, names):
+    for what, mine, its in comparisons:
         distance = _distance(mine, its)
         error = max(error, distance)
         if not distance <= TOLERANCE:
             problems.append(f"{what} differs by {distance:.1e}")
-    return SplitReport(split.name, tuple(places), error, tuple(problems))
+    return error, tuple(problems)
 
 
 def _comparisons(split: Split, whole: _Result, pieces: Sequence[_Result], names: Sequence[str]) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -116,9 +138,11 @@ def _comparisons(split: Split, whole: _Result, pieces: Sequence[_Result], names:
             yield f"the gradient of {names[i]}", gradient, _join([piece.gradients[i] for piece in pieces], dim)
 
 
-def _forward_backward(run: Run, inputs: Sequence[Tensor], weights: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> _Result:
+def _forward_backward(
+    run: Run, inputs: Sequence[Tensor], weights: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], offsets: Offsets
+) -> _Result:
     leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
-    outputs = list(run(leaves, shapes))
+    outputs = list(run(leaves, shapes, offsets))
     for output, weight in zip(outputs, weights, strict=True):
         if output.shape != weight.shape:
             raise ValueError(f"its output has shape {tuple(output.shape)} where {tuple(weight.shape)} is due")
