@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensor_sizes import TensorSizes
 from test_attention import dense, make, results
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 
@@ -161,6 +162,17 @@ def test_meta_tensors():
         query, key = torch.empty(1, 4, 6, 8, requires_grad=True), torch.empty(1, 2, 12, 8, requires_grad=True)
         attention(query, key, key, 0.3, query_start=6).sum().backward()
     assert query.grad.is_meta and key.grad.shape == key.shape
+
+
+def test_full_size_on_fake_tensors():
+    """The last of eight pieces of 131,072 positions, as the dry run sees it."""
+    with FakeTensorMode():
+        query = torch.empty(1, 32, 16384, 128, dtype=torch.bfloat16, requires_grad=True)
+        key = torch.empty(1, 8, 131072, 128, dtype=torch.bfloat16, requires_grad=True)
+        with TensorSizes() as sizes:
+            attention(query, key, key, 0.1, query_start=114688).sum().backward()
+        assert key.grad.shape == key.shape and query.grad.dtype == torch.bfloat16
+        assert sizes.largest <= key.numel()
 
 
 def test_the_whole_takes_the_path_it_always_took():
