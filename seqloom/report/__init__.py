@@ -1,0 +1,1 @@
+"""Pages about plans and runs, for people: `plan.html`."""
