@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seqloom.annotation import Annotation, AnnotationError, Bound, Split
@@ -268,6 +268,7 @@ def einsums(draw):
     return text, sizes, operands, list(output), marks
 
 
+@settings(deadline=None)
 @given(einsums())
 def test_infer_agrees_with_einsum(case):
     text, sizes, operands, output, marks = case
@@ -295,6 +296,7 @@ def shapes_of_words(draw, names):
     return " ".join(words) or "()"
 
 
+@settings(deadline=None)
 @given(shapes_of_words(NAMES), st.dictionaries(st.sampled_from(NAMES), st.integers(1, 4)))
 def test_groups_bind_and_split_as_data_does(shape, sizes):
     """Splitting a dimension in pieces by a name, and regrouping, is what slicing the ungrouped array along that name gives."""
@@ -331,6 +333,7 @@ def _dims(shape):
     return [word for word in words if word not in ("", "()")]
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="ab ()*?^+-,>12$", max_size=24))
 def test_any_text_parses_or_shows_a_caret(text):
     try:
@@ -400,6 +403,7 @@ def positions(flat, names, sizes, fixed):
     return array.ravel()
 
 
+@settings(deadline=None)
 @given(
     st.permutations(NAMES[:4]),
     st.lists(st.integers(1, 4), min_size=4, max_size=4),

@@ -301,6 +301,7 @@ def visible(length, keys, start=0, causal=True, window=None):
     return int(seen.sum())
 
 
+@settings(deadline=None)
 @given(st.integers(1, 20), st.integers(1, 5), st.one_of(st.none(), st.integers(1, 120)), st.booleans())
 def test_flops_of_a_piece_are_its_visible_pairs(length, pieces, window, causal):
     """Up to half a pair per query and one for rounding: a diagonal, of the mask or of the window's ramp, counts half."""
