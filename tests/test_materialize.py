@@ -45,8 +45,9 @@ def tiny_program(config, plan_mesh=None, placements=None, zero=3, sum_grads=()):
             declare(self, {name: tuple(p.shape) for name, p in original.named_parameters()})
             declare_buffers(self, {n: (tuple(b.shape), b.dtype) for n, b in original.named_buffers() if "original" not in n})
 
+    sharded = ("dp", *sum_grads) if zero else ()
     fields = {"MESH": plan_mesh or {}, "PLACEMENTS": placements or {}, "ZERO": zero, "SUM_GRADS": sum_grads, "TIED": tied}
-    return SimpleNamespace(**fields, MODEL=Model, BLOCKS=())
+    return SimpleNamespace(**fields, SHARDED=sharded, MODEL=Model, BLOCKS=())
 
 
 PLACEMENTS = {

@@ -2,7 +2,7 @@
 
 In: the program, the mesh, and the weights of a Hugging Face folder or a seed. Out: the program's model on the device, its parameters
 DTensors in full precision. The steps, in order: build under meta with global shapes; split parameters over the plan axes of PLACEMENTS;
-let FSDP2 hold blocks and root over `dp` and SUM_GRADS; allocate this rank's pieces; fill them. No rank ever holds the full model.
+let FSDP2 hold blocks and root over the axes of SHARDED; allocate this rank's pieces; fill them. No rank ever holds the full model.
 """
 
 from __future__ import annotations
@@ -104,8 +104,15 @@ def _fully_shard(model: nn.Module, program: Program, mesh: DeviceMesh, param_dty
 
 
 def _storage_mesh(program: Program, mesh: DeviceMesh) -> DeviceMesh:
-    """The ranks that share the storage of the parameters. ZeRO 0 replicates over all of them: shards of one rank."""
-    flat = axis_mesh(mesh, DP, *program.SUM_GRADS)
-    if program.ZERO == 0:
-        return flat._unflatten(0, (flat.size(), 1), ("replicas", "shard"))
-    return flat
+    """The ranks that share the storage of the parameters: those of SHARDED.
+
+    Where other axes that sum gradients hold copies of it, a mesh of two dimensions, replicas and shards (hybrid sharding), whatever the
+    order of these axes in the mesh.
+    """
+    copies = [axis for axis in (DP, *program.SUM_GRADS) if axis not in program.SHARDED and mesh[axis].size() > 1]
+    if not copies:
+        return axis_mesh(mesh, *(program.SHARDED or (DP, *program.SUM_GRADS)))
+    replicas = axis_mesh(mesh, *copies)
+    if not program.SHARDED:
+        return replicas._unflatten(0, (replicas.size(), 1), ("replicas", "shard"))
+    return DeviceMesh._concatenate([replicas, axis_mesh(mesh, *program.SHARDED)])

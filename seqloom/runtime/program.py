@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.tensor.placement_types import Placement
 
 from seqloom.errors import UserError
+from seqloom.runtime.mesh import DP
 
 PROGRAM_FILE = "program.py"
 Axes = str | tuple[str, ...] | None
@@ -31,6 +32,7 @@ class Program(Protocol):
     PLACEMENTS: Mapping[str, Mapping[str, Placement]]
     SUM_GRADS: tuple[str, ...]
     ZERO: int
+    SHARDED: tuple[str, ...]
     TIED: Mapping[str, str]
     MODEL: type[nn.Module]
     BLOCKS: tuple[type[nn.Module], ...]
@@ -57,7 +59,22 @@ def load_program(folder: Path | str) -> Program:
     except Exception as error:
         del sys.modules[name]
         raise UserError(f"the program {path} cannot be loaded ({type(error).__name__}: {error}); mend it or compile it again") from error
-    missing = [field for field in Program.__annotations__ if not hasattr(module, field)]
+    missing = [field for field in Program.__annotations__ if field != "SHARDED" and not hasattr(module, field)]
     if missing:
         raise UserError(f"{path} is not a program of seqloom: it lacks {', '.join(missing)}; compile it again")
+    if not hasattr(module, "SHARDED"):
+        module.SHARDED = (DP, *module.SUM_GRADS) if module.ZERO else ()
+    _check_storage(module, path)
     return module
+
+
+def _check_storage(program: Program, path: Path) -> None:
+    """Refuse a ZeRO level that does not exist, and storage that it does not allow."""
+    if program.ZERO not in (0, 1, 2, 3):
+        raise UserError(f"ZERO = {program.ZERO!r} in {path} is no ZeRO level: use 0, 1, 2 or 3")
+    allowed = (DP, *program.SUM_GRADS) if program.ZERO else ()
+    wrong = [axis for axis in program.SHARDED if axis not in allowed]
+    if wrong:
+        raise UserError(
+            f"SHARDED in {path} names {wrong[0]!r}, but storage at ZERO = {program.ZERO} may be sharded over {allowed} only: mend it"
+        )

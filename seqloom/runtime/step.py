@@ -120,9 +120,18 @@ def _coordinate(mesh: DeviceMesh, axes: Axes) -> tuple[int, int]:
 
 
 def _delay_reduction(model: nn.Module, program: Program, last: bool) -> None:
-    """ZeRO 0 and 1 sum gradients over the ranks once a step, and keep the gathered weights until then; ZeRO 3 at every micro-batch."""
-    if program.ZERO != 3 and isinstance(model, FSDPModule):
+    """What waits for the last micro-batch of a step.
+
+    ZeRO 0 and 1 sum gradients over the ranks once a step, ZeRO 2 and 3 scatter the sums at every micro-batch; those of the replicas of
+    a hybrid storage are added up once a step. All but ZeRO 3 keep the gathered weights until then.
+    """
+    if not isinstance(model, FSDPModule):
+        return
+    if program.ZERO <= 1:
         model.set_requires_gradient_sync(last)
+    else:
+        model.set_requires_all_reduce(last)
+    if program.ZERO <= 2:
         model.set_reshard_after_backward(last)
 
 
