@@ -11,11 +11,13 @@ from seqloom.cost.compute import (
     ATTENTION_BACKWARD_RATIO,
     attention_seconds,
     bandwidth_seconds,
+    exposed_seconds,
     host_seconds,
     matmul_fraction,
     matmul_seconds,
+    pointwise_seconds,
 )
-from seqloom.cost.hardware import Hardware, hardware_names, load_hardware
+from seqloom.cost.hardware import Arithmetic, Hardware, hardware_names, load_hardware
 from seqloom.cost.mfu import forward_flops, mfu, step_flops
 from seqloom.errors import UserError
 
@@ -135,6 +137,46 @@ def test_bandwidth_is_monotone(hardware, nbytes, more, factor):
     assert bandwidth_seconds(hardware, nbytes + more) >= bandwidth_seconds(hardware, nbytes)
     assert bandwidth_seconds(wider(hardware, factor), nbytes) <= bandwidth_seconds(hardware, nbytes)
     assert host_seconds(hardware, nbytes + more) >= host_seconds(hardware, nbytes)
+
+
+def with_rates(hardware: Hardware, **changes) -> Hardware:
+    """The machine with other achieved rates."""
+    return dataclasses.replace(hardware, rates=dataclasses.replace(hardware.rates, **changes))
+
+
+def test_a_dtype_with_rates_of_its_own_takes_them():
+    half = Arithmetic(((64, 0.1),), {"slow": dataclasses.replace(H100.rates.attention["cudnn"], forward=0.05, backward=0.1)})
+    hardware = with_rates(H100, by_dtype={"float32": half})
+    size = 8192
+    assert matmul_seconds(hardware, size, size, size, torch.float32) == pytest.approx(2 * size**3 / (0.1 * 67e12))
+    assert attention_seconds(hardware, 1e15, torch.float32) == pytest.approx(1e15 / (0.05 * 67e12))
+    assert matmul_seconds(hardware, size, size, size, BF16) == matmul_seconds(H100, size, size, size, BF16)
+    with pytest.raises(UserError, match="no rates for attention kernel `cudnn`: it has slow"):
+        attention_seconds(hardware, 1e15, torch.float32, kernel="cudnn")
+
+
+def test_a_fused_chain_moves_its_borders_and_an_unfused_one_every_operator():
+    eager = with_rates(H100, fused=False)
+    assert pointwise_seconds(H100, 1e9, [1e9, 2e9, 3e9]) == bandwidth_seconds(H100, 1e9)
+    assert pointwise_seconds(eager, 1e9, [1e9, 2e9, 3e9]) == pytest.approx(bandwidth_seconds(H100, 6e9))
+    assert pointwise_seconds(eager, 10, [1, 1, 1]) == pytest.approx(3 * H100.launch_overhead_s)
+    assert pointwise_seconds(eager, 10, []) == 0
+
+
+def test_communication_hides_as_far_as_it_overlaps():
+    for communication, compute in ((2.0, 3.0), (3.0, 2.0), (0.0, 1.0), (1.0, 0.0)):
+        assert exposed_seconds(H100, communication, compute) == max(0.0, communication - compute)
+        assert exposed_seconds(with_rates(H100, overlap=0.0), communication, compute) == communication
+    assert exposed_seconds(with_rates(H100, overlap=0.5), 2.0, 3.0) == 1.0
+
+
+@given(st.floats(0, 1), st.floats(0, 1e3), st.floats(0, 1e3), st.floats(0, 1e3))
+def test_more_work_of_either_kind_never_takes_less_time(overlap, communication, compute, more):
+    hardware = with_rates(H100, overlap=overlap)
+    whole = compute + exposed_seconds(hardware, communication, compute)
+    assert max(communication, compute) * (1 - 1e-9) <= whole <= (communication + compute) * (1 + 1e-9)
+    assert compute + exposed_seconds(hardware, communication + more, compute) >= whole * (1 - 1e-9)
+    assert compute + more + exposed_seconds(hardware, communication, compute + more) >= whole * (1 - 1e-9)
 
 
 def test_published_mfu():

@@ -1,7 +1,5 @@
 """Hardware descriptions: the shipped files, the lookup by name or path, and every way a user's file can be wrong."""
 
-import dataclasses
-import importlib.util
 import json
 import math
 import subprocess
@@ -10,10 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from seqloom.cost.communication import AxisSpan, collective_seconds
 from seqloom.cost.hardware import GIB, hardware_names, load_hardware, parse_hardware, to_json
 from seqloom.errors import UserError
 
@@ -258,32 +253,50 @@ def test_with_impossible_memory(gib):
         load_hardware("cpu").with_memory_gib(gib)
 
 
-@pytest.fixture(scope="module")
-def measure_cpu():
-    """The measuring program as a module."""
-    spec = importlib.util.spec_from_file_location("measure_cpu", ROOT / "benchmarks" / "measure_cpu.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@given(rates=st.lists(st.floats(1e9, 1e11), min_size=7, max_size=7))
-def test_measured_matmul_rates_always_make_a_valid_table(measure_cpu, rates):
-    points = measure_cpu.matmul_points(dict(zip(measure_cpu.MATMUL_SIZES, rates, strict=True)), max(rates))
-    cpu = load_hardware("cpu")
-    written = dataclasses.replace(cpu, rates=dataclasses.replace(cpu.rates, matmul=points))
-    assert parse_hardware(to_json(written), "measured") == written
-
-
-def test_measured_link_predicts_the_times_it_was_fitted_to(measure_cpu):
-    cpu = load_hardware("cpu")
-    pair = AxisSpan(measure_cpu.RANKS)
-    times = {
-        (kind, nbytes): collective_seconds(cpu, kind, nbytes, pair)
-        for kind in cpu.rates.collectives
-        for nbytes in (measure_cpu.SMALL, measure_cpu.LARGE)
+def test_rates_by_dtype_stand_beside_the_common_ones():
+    data = description()
+    data["rates"]["by_dtype"] = {
+        "float32": {"matmul": [[64, 0.5], [128, 0.9]], "attention": {"efficient": {"forward": 0.3, "backward": 0.2}}}
     }
-    link, shares = measure_cpu.fit_link(times)
-    fitted = dataclasses.replace(cpu, links=(link,), rates=dataclasses.replace(cpu.rates, collectives=shares))
-    for (kind, nbytes), seconds in times.items():
-        assert collective_seconds(fitted, kind, nbytes, pair) == pytest.approx(seconds, rel=0.1)
+    hardware = parse_hardware(json.dumps(data), "mine.json")
+    assert hardware.rates.arithmetic(torch.float32).matmul == ((64, 0.5), (128, 0.9))
+    assert list(hardware.rates.arithmetic(torch.float32).attention) == ["efficient"]
+    assert hardware.rates.arithmetic(torch.bfloat16) == load_hardware("h100-80gb").rates.arithmetic(torch.float32)
+    assert parse_hardware(to_json(hardware), "copy") == hardware
+
+
+def test_rates_by_dtype_are_checked_with_their_place():
+    data = description()
+    data["rates"]["by_dtype"] = {"bf16": {"matmul": [[64, 0.5]], "attention": {"x": {"forward": 0.3, "backward": 0.2}}}}
+    assert "rates: by_dtype has `bf16`, which is no PyTorch dtype" in rejected(data)
+    data["rates"]["by_dtype"] = {"float32": {"matmul": [[64, 0.5]]}}
+    assert "by_dtype: float32 lacks the field attention" in rejected(data)
+    data["rates"]["by_dtype"] = 3
+    assert "by_dtype must be a JSON object" in rejected(data)
+
+
+def test_fusion_and_overlap_may_be_left_out():
+    data = description()
+    del data["rates"]["fused"], data["rates"]["overlap"], data["rates"]["by_dtype"]
+    rates = parse_hardware(json.dumps(data), "mine.json").rates
+    assert (rates.fused, rates.overlap, rates.by_dtype) == (True, 1.0, {})
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.5, "much", True])
+def test_impossible_overlap(value):
+    data = description()
+    data["rates"]["overlap"] = value
+    assert "rates: overlap must be" in rejected(data)
+
+
+def test_overlap_may_be_nothing():
+    data = description()
+    data["rates"]["overlap"] = 0
+    assert parse_hardware(json.dumps(data), "mine.json").rates.overlap == 0
+
+
+@pytest.mark.parametrize("value", [1, "yes", None])
+def test_fused_is_true_or_false(value):
+    data = description()
+    data["rates"]["fused"] = value
+    assert "rates: fused must be true or false" in rejected(data)

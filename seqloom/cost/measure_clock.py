@@ -2,7 +2,8 @@
 
 Role in the pipeline: the measuring modules behind `python -m seqloom profile` time everything through a `Clock`. A training run has all
 ranks of a machine at work together, sharing its memory bandwidth and its caches, so they measure together too, and a figure is the mean of
-what the ranks found.
+what the ranks found. What other programs take of the machine is not a property of it: the time that a process waits for a core which
+another one has is left out.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 FEWEST, MOST = 3, 200
+_SCHEDULE = Path("/proc/thread-self/schedstat")  # Linux: nanoseconds on a core, nanoseconds waiting for one, turns
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,11 @@ class Clock:
 
     def _once(self, fn: Callable[[], object]) -> float:
         self._wait()
-        start = time.perf_counter()
+        waited, start = waited_seconds(), time.perf_counter()
         fn()
         self._wait()
-        return time.perf_counter() - start
+        stop = time.perf_counter()
+        return max(stop - start - (waited_seconds() - waited), 1e-9)
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -49,3 +53,8 @@ class Clock:
         total = torch.tensor(value, dtype=torch.float64)
         dist.all_reduce(total)
         return float(total) / dist.get_world_size()
+
+
+def waited_seconds() -> float:
+    """Seconds that the calling thread has been ready to run while other work had the cores; 0 where the system does not tell."""
+    return int(_SCHEDULE.read_text(encoding="ascii").split()[1]) / 1e9 if _SCHEDULE.exists() else 0.0
