@@ -7,6 +7,7 @@ and the second matrix product of the segment are kept from the forward, everythi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -27,15 +28,15 @@ def keep_matmuls(*indices: int) -> Callable[[], Contexts]:
     Products are counted from 0 in the order in which the segment runs them, with each run of the segment anew; an ordinal that the
     segment does not reach keeps nothing. The function that it returns holds no state and can be used any number of times.
     """
-    kept = frozenset(indices)
-
-    def contexts() -> Contexts:
-        return create_selective_checkpoint_contexts(_policy(kept))
-
-    return contexts
+    return functools.partial(_contexts, indices)  # a partial, and not a closure: `torch.compile` traces through it
 
 
-def _policy(kept: frozenset[int]) -> Callable[..., CheckpointPolicy]:
+def _contexts(kept: tuple[int, ...]) -> Contexts:
+    """The contexts of the forward and of the recomputation for one run of a segment."""
+    return create_selective_checkpoint_contexts(_policy(kept))
+
+
+def _policy(kept: tuple[int, ...]) -> Callable[..., CheckpointPolicy]:
     """Whether to keep the result of an operator, for one run of a segment: forward and recomputation are counted apart."""
     seen = {False: 0, True: 0}
 
