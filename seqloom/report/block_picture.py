@@ -36,7 +36,7 @@ class Shape:
     stacked: bool
 
 
-WIDE = Shape("wide", 960, 104, 360, 556, 880, 25, 33, 27, 92, stacked=False)
+WIDE = Shape("wide", 960, 104, 404, 588, 884, 25, 39, 25, 86, stacked=False)
 NARROW = Shape("narrow", 328, 46, 60, 60, 328, 48, 29, 36, 44, stacked=True)
 
 

@@ -66,7 +66,7 @@ def read_picture(rows: Sequence[Mapping[str, Any]], segments: Mapping[str, Mappi
 def collective(source: str, target: str) -> str:
     """The collectives between two layouts such as `S(1) R`, one word an axis: what the runtime would call."""
     moves = [_move(a, b) for a, b in zip(source.split(), target.split(), strict=False) if a != b]
-    return join_words(dict.fromkeys(moves)) or "nothing"
+    return " + ".join(dict.fromkeys(moves)) or "nothing"
 
 
 def _move(source: str, target: str) -> str:

@@ -62,8 +62,8 @@ def _dry_rows(rank: Mapping[str, Any], predicted: Mapping[str, Any]) -> Iterator
         expected = (predicted.get("parts_gib") or {}).get(part)
         if value or expected:
             yield Comparison(words(part), expected, value, gib)
-    if rank.get("host_gib") or predicted.get("host_gib"):
-        yield Comparison("host memory", predicted.get("host_gib"), rank.get("host_gib") or 0.0, gib)
+    if rank.get("host_gib") is not None and (rank["host_gib"] or predicted.get("host_gib")):
+        yield Comparison("host memory", predicted.get("host_gib"), rank["host_gib"], gib)
     if rank.get("flops"):
         yield Comparison("arithmetic", predicted.get("flops"), rank["flops"], flops)
     for kind, value in (rank.get("comm_bytes") or {}).items():

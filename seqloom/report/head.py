@@ -15,7 +15,7 @@ _SIZES = (
     (("hidden_size", "n_embd"), "wide", "wide"),
     (("num_attention_heads", "n_head"), "query head", "query heads"),
     (("num_key_value_heads",), "key/value head", "key/value heads"),
-    (("vocab_size",), "word", "words"),
+    (("vocab_size",), "vocabulary entry", "vocabulary entries"),
 )
 
 

@@ -76,12 +76,13 @@ def _timeline(points: Sequence[Mapping[str, Any]], colours: Mapping[str, str], l
         stretched(0, _TOP, "100%", _HEIGHT, _areas(points, places, colours, top)),
         _limit(limit, top),
         seconds_axis(end, _TOP + _HEIGHT + 15) if timed else None,
-        _peak_mark(places[peak], totals[peak], top, where),
+        _peak_mark(places[peak], totals[peak], top),
         _hover(points, places, totals),
     )
     return tag(
         "figure",
         tag("h3", "Memory over one micro-batch"),
+        tag("p", f"Highest: {where}.", class_="muted"),
         tag("div", _scale(levels, top, height), drawing, class_="plot"),
         tag("span", HINT, class_="readout", aria_live="polite"),
         legend(parts),
@@ -113,11 +114,11 @@ def _areas(points: Sequence[Mapping[str, Any]], places: Sequence[float], colours
     return areas
 
 
-def _peak_mark(place: float, total: float, top: float, where: str) -> Markup:
+def _peak_mark(place: float, total: float, top: float) -> Markup:
     y = _y(total, top)
     beside = y - 7 if y > _TOP + 16 else y + 14
     dot = tag("circle", cx=share(place), cy=y, r=3, class_="limit")
-    return join([dot, text(share(place), beside, where, "strong", "end" if place > 0.5 else None, font_size=11)])
+    return join([dot, text(share(place), beside, gib(total), "strong", "end" if place > 0.5 else None, font_size=11)])
 
 
 def _hover(points: Sequence[Mapping[str, Any]], places: Sequence[float], totals: Sequence[float]) -> list[Markup]:

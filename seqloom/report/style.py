@@ -15,7 +15,7 @@ LIGHT = {
     "muted": "#62656c",
     "rule": "#dcd8cd",
     "forward": "#2f6294",
-    "backward": "#6d93ba",
+    "backward": "#628ab3",
     "link": "#b65f12",
     "host": "#2b7d72",
     "one": "#2f6294",
@@ -58,22 +58,23 @@ def series(names: Iterable[str], known: Mapping[str, str]) -> dict[str, str]:
 _RULES = """
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%;color-scheme:light dark}
-body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.5 "Iowan Old Style","Palatino Linotype",Palatino,Georgia,serif}
+body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.5 "Iowan Old Style","Palatino Linotype",Palatino,Georgia,serif;
+  overflow-wrap:anywhere}
 main,header,footer{max-width:992px;margin:0 auto;padding:0 16px}
 header{padding-top:40px}
-h1{font-size:30px;line-height:1.15;font-weight:400;margin:0 0 4px;overflow-wrap:anywhere}
+h1{font-size:30px;line-height:1.15;font-weight:400;margin:0 0 4px}
 h2{font-size:21px;font-weight:400;font-style:italic;margin:56px 0 4px}
-h3{font-size:16px;font-weight:600;margin:28px 0 4px;overflow-wrap:anywhere}
+h3{font-size:16px;font-weight:600;margin:28px 0 4px}
 p{margin:4px 0 12px;max-width:66ch}
 svg,table,dl,.bars,.legend,.readout,summary,.facts{font-family:system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
-.lede{font-size:18px;color:var(--muted);overflow-wrap:anywhere}
+.lede{font-size:18px;color:var(--muted)}
 .muted,figcaption{color:var(--muted)}
 figure{margin:12px 0 24px}
 figcaption{font-size:14px;max-width:66ch;margin-top:6px}
 svg{display:block;width:100%;overflow:hidden;font-size:12px}
 svg text{fill:var(--ink)} svg text.muted{fill:var(--muted)} svg text.strong{font-weight:600} svg text.limit{fill:var(--limit)}
 svg .mono,td.mono,code{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
-code{font-size:.88em;overflow-wrap:anywhere}
+code{font-size:.88em}
 svg .rule{stroke:var(--rule);stroke-width:1} svg .limit-line{stroke:var(--limit);stroke-width:1.5}
 svg .band{fill:var(--raised)} svg .edge{fill:none;stroke:var(--muted);stroke-width:1.1;opacity:.75}
 svg .ghost{fill:transparent} svg .curve{fill:none;stroke:var(--forward);stroke-width:1.4;vector-effect:non-scaling-stroke}
@@ -88,16 +89,17 @@ dl.key div{border-top:2px solid var(--ink);padding-top:6px}
 dl.key dt{font-size:13px;color:var(--muted)} dl.key dd{margin:0;font-size:24px;line-height:1.25;font-variant-numeric:tabular-nums}
 dl.key dd small{display:block;font-size:13px;color:var(--muted);line-height:1.35}
 dl.facts{display:grid;grid-template-columns:auto 1fr;gap:2px 16px;font-size:14px;margin:0}
-dl.facts dt{color:var(--muted)} dl.facts dd{margin:0;overflow-wrap:anywhere}
+dl.facts dt{color:var(--muted)} dl.facts dd{margin:0}
 .legend{list-style:none;display:flex;flex-wrap:wrap;gap:2px 20px;margin:8px 0 0;padding:0;font-size:13px}
 .legend i{display:inline-block;width:11px;height:11px;margin-right:6px;border-radius:2px}
 .legend b{font-weight:600;font-variant-numeric:tabular-nums;margin-left:4px}
 .bars{list-style:none;margin:8px 0;padding:0;font-size:14px}
 .bars li{display:grid;grid-template-columns:1fr auto;gap:0 16px;padding:5px 0;border-bottom:1px solid var(--rule)}
+.scroll table{overflow-wrap:normal}
 .bars .value{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .bars svg,.bars .note{grid-column:1/-1} .bars .note{color:var(--muted);font-size:13px}
-.bars .chosen{font-weight:600} .bars .label{overflow-wrap:anywhere;min-width:0}
-.readout{min-height:2.9em;display:block;font-size:13px;line-height:1.4;color:var(--muted);margin-top:6px;overflow-wrap:anywhere}
+.bars .chosen{font-weight:600} .bars .label{min-width:0}
+.readout{min-height:2.9em;display:block;font-size:13px;line-height:1.4;color:var(--muted);margin-top:6px}
 .plot{display:grid;grid-template-columns:56px 1fr}
 .scroll{overflow-x:auto;max-width:100%}
 table{border-collapse:collapse;font-size:13px;font-variant-numeric:tabular-nums;width:100%}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from seqloom.report.markup import Attribute, Child, Markup, join, tag
-from seqloom.report.text import seconds
 
 Length = float | str
 HINT = "Point at or touch a piece to read it."
@@ -68,18 +67,13 @@ def ticks(end: float, count: int = 5) -> list[float]:
 
 
 def seconds_axis(end: float, baseline: float) -> Markup:
-    """Round times from 0 to `end` seconds under a figure that shows them."""
-    return join(
-        text(
-            share(value / end),
-            baseline,
-            seconds(value),
-            "muted",
-            "end" if value > 0.96 * end else "middle" if value else None,
-            font_size=11,
-        )
-        for value in ticks(end, 4)
-    )
+    """Round times from 0 to `end` seconds under a figure that shows them, in one unit."""
+    size, unit = next((scale for scale in ((1.0, "s"), (1e-3, "ms")) if end >= scale[0]), (1e-6, "\u00b5s"))
+    marks = []
+    for value in ticks(end, 4):
+        anchor = "end" if value > 0.96 * end else "middle" if value else None
+        marks.append(text(share(value / end), baseline, f"{value / size:g} {unit}", "muted", anchor, font_size=11))
+    return join(marks)
 
 
 def _floor_log10(value: float) -> int:

@@ -35,7 +35,7 @@ def time_section(documents: Documents) -> Markup:
         "section",
         tag("h2", "Time of one step"),
         tag("p", f"{note}."),
-        tag("figure", stacked_bar("Step time by part", parts), tag("figcaption", "Exposed: not hidden behind computing.")),
+        tag("figure", stacked_bar("Step time by part", parts)),
         _timeline(events) if events else None,
         id="time",
     )
@@ -59,6 +59,7 @@ def _timeline(events: Sequence[Mapping[str, Any]]) -> Markup:
             seconds_axis(end, height - 4),
         ),
         tag("span", HINT, class_="readout", aria_live="polite"),
+        tag("figcaption", "Exposed: not hidden behind computing."),
     )
 
 

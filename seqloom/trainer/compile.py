@@ -15,8 +15,10 @@ def compile_only(config: CompileConfig) -> None:
         raise UserError("compiling takes one plain process: use `python train.py --run_mode compile ...` without torchrun")
     request = config.request()
     from seqloom.emit.pipeline import compile_program
+    from seqloom.report.plan_page import write_plan_page
 
     compiled = compile_program(request)
+    write_plan_page(compiled.folder)
     print(f"wrote {compiled.folder}")
     print(f"predicted: {prediction_line(compiled.plan)}")
     for axis, share in compiled.plan["repeated"].items():
