@@ -123,6 +123,14 @@ class Hardware:
             raise UserError(f"memory of {gib} GiB is impossible: give a number of GiB above 0 (hardware `{self.name}`)")
         return dataclasses.replace(self, memory_bytes=int(gib * GIB))
 
+    def with_attention_kernel(self, kernel: str) -> Hardware:
+        """The same machine with `kernel` for attention. Raises `UserError` where there are no rates for it."""
+        if kernel not in self.rates.attention:
+            known = ", ".join(self.rates.attention)
+            raise UserError(f"hardware `{self.name}` has no rates for attention kernel `{kernel}`: it has {known}")
+        others = {name: rate for name, rate in self.rates.attention.items() if name != kernel}
+        return dataclasses.replace(self, rates=dataclasses.replace(self.rates, attention={kernel: self.rates.attention[kernel], **others}))
+
     def peak(self, dtype: torch.dtype) -> float:
         """Dense peak FLOPS for `dtype`; `UserError` where the description has none."""
         name = str(dtype).removeprefix("torch.")

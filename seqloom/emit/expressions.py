@@ -42,6 +42,13 @@ class Context:
     operators: Mapping[str, str] = field(default_factory=dict)
 
 
+class Source(str):
+    """A constant argument that is written as it is: an expression of the emitted program."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
 def constant(value: Any) -> str:
     """Source of a constant argument."""
     if isinstance(value, torch.dtype):

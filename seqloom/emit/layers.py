@@ -1,7 +1,7 @@
 """A block as a class, and the loop over blocks: the shape of the emitted program.
 
-In: a planned region. Out: the source of one `nn.Module` per distinct block, whose segments are methods (`checkpoint` around the ones that
-are recomputed), and the pieces of the model's own class.
+In: a planned region. Out: the source of one `nn.Module` per distinct block, whose segments are methods, and the pieces of the model's own
+class. How a segment is called shows its mode (`seqloom/emit/segments.py`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from seqloom.emit.segments import block_title, method_name, mixed, mode_lines, with_modes
 from seqloom.emit.statements import Functions, Scope, group_name, placement_text, reshard_lines, statements
 from seqloom.emit.tidy import fit, tidy, with_return
 from seqloom.graph import Node
@@ -32,28 +33,20 @@ def block_source(plan: Plan, name: str, functions: Functions, used: Scope) -> st
     """Source of the class of one distinct block; imports it needs are noted in `used`."""
     planned = plan.regions[name]
     scope = Scope(plan, planned, functions)
-    methods = [_method(scope, segment, _method_name(planned, segment)) for segment in planned.segments]
+    methods = [_method(scope, segment, method_name(planned, segment)) for segment in planned.segments]
     forward = _forward(planned)
     for field in ("collectives", "operators"):
         getattr(used, field).update(getattr(scope, field))
     used.uses_local |= scope.uses_local
-    title = f'"""{_block_title(planned)}"""'
+    title = f'"""{block_title(planned)}"""'
     init = _init(planned, scope)
     return "\n\n".join([f"class {name}(nn.Module):\n    {title}", init, forward, *methods])
 
 
-def _block_title(planned: PlannedRegion) -> str:
-    """What the class is and what is recomputed, as a sentence."""
-    count = planned.region.count
-    head = f"One of {count} identical blocks" if count > 1 else "One block"
-    redone = [segment.segment.name for segment in planned.segments if segment.recompute]
-    return f"{head}; {', '.join(redone)} recomputed in backward." if redone else f"{head}; everything is kept for backward."
-
-
 def _init(planned: PlannedRegion, scope: Scope) -> str:
-    lines = ["    def __init__(self, mesh: DeviceMesh) -> None:", "        super().__init__()"]
-    lines += [f"        {line}" for line in declarations(planned)]
-    lines += [f"        {line}" for line in group_lines(scope)]
+    layer = ", layer: int" if mixed(planned) else ""
+    lines = [f"    def __init__(self, mesh: DeviceMesh{layer}) -> None:", "        super().__init__()"]
+    lines += [f"        {line}" for line in (*declarations(planned), *group_lines(scope), *mode_lines(planned))]
     return "\n".join(lines)
 
 
@@ -70,15 +63,10 @@ def declarations(planned: PlannedRegion) -> list[str]:
 
 
 def group_lines(scope: Scope) -> list[str]:
-    """One process group per set of axes that the class communicates over."""
-    return [f"self.{group_name(axes)} = axis_group(mesh, {', '.join(repr(a) for a in axes)})" for axes in scope.groups]
-
-
-def _method_name(planned: PlannedRegion, segment: PlannedSegment) -> str:
-    """A method must not hide a submodule of the same name."""
-    children = {str(v.fqn).split(".")[0] for v in planned.region.graph.of_kind("parameter")}
-    name = segment.segment.name
-    return f"{name}_forward" if name in children or name == "forward" else name
+    """One process group per set of axes that the class communicates over, and this rank's place among those that split positions."""
+    groups = [f"self.{group_name(axes)} = axis_group(mesh, {', '.join(repr(a) for a in axes)})" for axes in scope.groups]
+    ranks = [f"self.{group_name(axes)}_rank = axis_rank(mesh, {', '.join(repr(a) for a in axes)})" for axes in scope.ranks]
+    return [*groups, *ranks]
 
 
 def _method(scope: Scope, segment: PlannedSegment, name: str) -> str:
@@ -106,13 +94,11 @@ def _forward(planned: PlannedRegion) -> str:
     graph = planned.region.graph
     lines = []
     for segment in planned.segments:
-        method = f"self.{_method_name(planned, segment)}"
-        arguments = ", ".join(segment.segment.inputs)
-        call = f"checkpoint({method}, {arguments}, use_reentrant=False)" if segment.recompute else f"{method}({arguments})"
+        call = f"self.{method_name(planned, segment)}({', '.join(segment.segment.inputs)})"
         lines.append(f"{', '.join(segment.segment.outputs)} = {call}")
     arguments, lines = tidy(graph.inputs, lines, graph.outputs)
     head = f"    def forward(self, {', '.join(f'{n}: Tensor' for n in arguments)}) -> {_tensors(len(graph.outputs))}:"
-    return "\n".join([head, *fit(lines, 8, WIDTH)])
+    return "\n".join([head, *fit(with_modes(planned, lines), 8, WIDTH)])
 
 
 def loops(plan: Plan) -> list[Loop]:
@@ -161,9 +147,12 @@ def _containers(plan: Plan) -> list[str]:
             lines.append(f"self.{root} = nn.Module()")
             declared.add(root)
         if len(set(blocks)) == 1:
-            lines.append(f"self.{container} = nn.ModuleList({blocks[0]}(mesh) for _ in range({len(blocks)}))")
+            layer = "layer" if mixed(plan.regions[blocks[0]]) else "_"
+            made = f"{blocks[0]}(mesh{', layer' if layer == 'layer' else ''})"
+            lines.append(f"self.{container} = nn.ModuleList({made} for {layer} in range({len(blocks)}))")
         else:
-            lines.append(f"self.{container} = nn.ModuleList([{', '.join(f'{b}(mesh)' for b in blocks)}])")
+            made = [f"{b}(mesh, {blocks[:i].count(b)})" if mixed(plan.regions[b]) else f"{b}(mesh)" for i, b in enumerate(blocks)]
+            lines.append(f"self.{container} = nn.ModuleList([{', '.join(made)}])")
     return lines
 
 

@@ -31,8 +31,10 @@ from seqloom.plan.evaluate import GIB, Evaluation, evaluate
 from seqloom.plan.plan import Plan, realize
 from seqloom.plan.price import Machine
 from seqloom.plan.regions import build_regions
-from seqloom.plan.solver import Request, solve
+from seqloom.plan.request import Request
+from seqloom.plan.solver import solve
 
+DEFAULT_CHUNK = 1024  # tokens of a chunk of the loss until the planner chooses
 PROGRAM, PLAN = "program.py", "plan.json"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -57,7 +59,7 @@ def compile_program(request: CompileRequest) -> Compiled:
         seq_len=request.seq_len,
         dtype=DTYPES[request.precision],
         loss=request.loss,
-        loss_chunk=request.loss_chunk,
+        loss_chunk=request.loss_chunk or DEFAULT_CHUNK,
     )
     marks.append(time.monotonic())
     regions = build_regions(captured.graph)
@@ -116,6 +118,8 @@ def summary(request: CompileRequest, captured: Captured, plan: Plan, evaluation:
 
 def _hardware(request: CompileRequest) -> Hardware:
     hardware = load_hardware(request.hardware)
+    if request.attention_kernel is not None:
+        hardware = hardware.with_attention_kernel(request.attention_kernel)
     return hardware if request.memory_gib is None else hardware.with_memory_gib(request.memory_gib)
 
 
@@ -129,6 +133,8 @@ def _planner_request(request: CompileRequest, hardware: Hardware) -> Request:
         force=request.force,
         zero=request.zero,
         recompute={"auto": None, "none": False, "all": True}[request.recompute],
+        offload=request.offload == "auto",
+        open_constants=request.loss_chunk is None,
     )
 
 

@@ -5,16 +5,19 @@ In: a plan and what to say about it. Out: the text of `program.py`. The contract
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
 from textwrap import fill
 
 from seqloom.emit.layers import block_source, model_source
+from seqloom.emit.segments import IMPORTS
 from seqloom.emit.statements import Functions, Scope, operator_names
 from seqloom.errors import UserError
 from seqloom.plan.placement import Layout
 from seqloom.plan.plan import Plan, PlannedRegion
+from seqloom.plan.price import DP
 
 WIDTH = 140
 
@@ -26,14 +29,13 @@ def program_source(plan: Plan, model_class: str, tied: Mapping[str, str], summar
     blocks = [name for name in plan.regions if name]
     classes = [block_source(plan, name, functions, used) for name in blocks]
     model = model_source(plan, model_class, functions, used)
-    recomputes = any(segment.recompute for planned in plan.regions.values() for segment in planned.segments)
     body = [
         *functions.sources.values(),
         *classes,
         model,
         f"MODEL = {model_class}\nBLOCKS = ({', '.join(blocks)}{',' if len(blocks) == 1 else ''})",
     ]
-    text = "\n\n\n".join([_header(plan, summary), _imports(plan, used, "\n\n".join(body), recomputes), _tables(plan, tied), *body]) + "\n"
+    text = "\n\n\n".join([_header(plan, summary), _imports(plan, used, "\n\n".join(body)), _tables(plan, tied), *body]) + "\n"
     return format_source(text)
 
 
@@ -49,14 +51,14 @@ def _header(plan: Plan, summary: str) -> str:
     return f'"""A training program written by seqloom: every rank runs it on its piece of each tensor.\n\n{wrapped}\n"""'
 
 
-def _imports(plan: Plan, used: Scope, body: str, recomputes: bool) -> str:
+def _imports(plan: Plan, used: Scope, body: str) -> str:
     lines = ["import torch", "from torch import Tensor, nn", "from torch.distributed.device_mesh import DeviceMesh"]
     if "Replicate()" in repr(_placements(plan)) or "Shard(" in repr(_placements(plan)):
         kinds = [kind for kind in ("Replicate", "Shard") if f"{kind}(" in repr(_placements(plan))]
         lines.append(f"from torch.distributed.tensor import {', '.join(kinds)}")
     if "F." in body:
         lines.append("from torch.nn import functional as F")
-    if recomputes:
+    if "checkpoint(" in body:
         lines.append("from torch.utils.checkpoint import checkpoint")
     lines.append("")
     by_module: dict[str, list[str]] = {}
@@ -66,8 +68,9 @@ def _imports(plan: Plan, used: Scope, body: str, recomputes: bool) -> str:
         by_module.setdefault(module, []).append(name if own == name else f"{name} as {own}")
     if used.collectives:
         by_module["seqloom.runtime.collectives"] = list(used.collectives)
-    if "axis_group(" in body:
-        by_module["seqloom.runtime.mesh"] = ["axis_group"]
+    for call, (module, name) in IMPORTS.items():
+        if re.search(rf"(?<![\w.]){re.escape(call)}", body):
+            by_module.setdefault(module, []).append(name)
     names = ["declare", *(["declare_buffers"] if "declare_buffers(" in body else []), *(["local"] if used.uses_local else [])]
     by_module["seqloom.runtime.parameters"] = names
     lines += [f"from {module} import {', '.join(sorted(names))}" for module, names in sorted(by_module.items())]
@@ -89,11 +92,18 @@ def _tables(plan: Plan, tied: Mapping[str, str]) -> str:
         f"SHAPES = {shapes!r}  # of one micro-batch of one scale unit",
         f"LOSS_PARTIAL = {partial!r}  # axes over which the returned loss is a partial sum",
         f"PLACEMENTS = {{{', '.join(_placement_rows(plan))}}}  # parameters on the axes that split weights",
-        f"SUM_GRADS = {sums!r}  # axes whose ranks each hold a part of every gradient; storage is sharded over dp and these",
+        f"SUM_GRADS = {sums!r}  # axes, beside dp, whose ranks each hold a part of every gradient",
         f"ZERO = {plan.storage.zero}",
+        f"SHARDED = {sharded_axes(plan)!r}  # the axes among these over which storage is sharded; ranks of the others hold copies",
         f"TIED = {dict(tied)!r}  # alias -> the parameter it shares",
     ]
     return "\n".join(rows)
+
+
+def sharded_axes(plan: Plan) -> tuple[str, ...]:
+    """Names of the axes over which storage is sharded, `dp` included."""
+    named = {DP: "dp", **dict(enumerate(plan.axis_names))}
+    return tuple(named[axis] for axis in plan.storage.sharded)
 
 
 def _input_axes(plan: Plan, outer: PlannedRegion, name: str) -> tuple[object, ...]:

@@ -36,15 +36,19 @@ class CompileRequest:
     memory_gib: float | None = None
     """memory of one device in GiB, in place of the hardware's"""
     force: str | None = None
-    """constrain the search: dp2, sp2, tp2, tp_sp2 (with sequence parallel norms), tp_plain2, or sp2,tp2"""
+    """constrain the search: dp2, sp2, cp2 (attention split by positions), tp2, tp_sp2 (sequence parallel norms), tp_plain2, or sp2,tp2"""
     zero: int | None = None
-    """ZeRO level 0, 1 or 3; the planner chooses when not given"""
+    """ZeRO level 0 to 3; the planner chooses when not given"""
     recompute: Literal["auto", "none", "all"] = "auto"
     """recompute segments: as the planner chooses, never, always"""
+    offload: Literal["auto", "none"] = "auto"
+    """offload activations to host memory: as the planner chooses, never"""
     loss: str = DEFAULT_LOSS
     """registered operator of the loss head, module:function"""
-    loss_chunk: int = 1024
-    """tokens of one chunk of the loss head"""
+    loss_chunk: int | None = None
+    """tokens of one chunk of the loss head; the planner chooses when not given"""
+    attention_kernel: str | None = None
+    """attention kernel to plan for, one that the hardware has rates of; its first, which every PyTorch has, when not given"""
     output_folder: Path = Path(".seqloom")
     """where programs are written"""
 
@@ -54,10 +58,10 @@ class CompileRequest:
                 f"runtime_ngpus {self.runtime_ngpus} is not a multiple of plan_ngpus {self.plan_ngpus}: the plan is repeated over scale "
                 f"units, so use --runtime_ngpus {max(1, self.plan_ngpus)} or a multiple of it"
             )
-        if self.zero not in (None, 0, 1, 3):
-            raise UserError(f"zero {self.zero} is not a ZeRO level of seqloom: use 0, 1 or 3")
+        if self.zero not in (None, 0, 1, 2, 3):
+            raise UserError(f"zero {self.zero} is not a ZeRO level: use 0, 1, 2 or 3")
         for field in ("seq_len", "micro_batch_size", "grad_accumulation_steps", "loss_chunk"):
-            if getattr(self, field) < 1:
+            if getattr(self, field) is not None and getattr(self, field) < 1:
                 raise UserError(f"{field} must be at least 1, not {getattr(self, field)}")
 
     @property

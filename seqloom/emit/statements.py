@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from seqloom.emit.expressions import Context, Expression, spell
+from seqloom.emit.expressions import Context, Expression, Source, spell
 from seqloom.graph import Graph, Node
 from seqloom.plan.placement import Layout, Move, local_shape
 from seqloom.plan.plan import Plan, PlannedCluster, PlannedRegion, Reshard
+from seqloom.plan.price import local_sizes
 
 INLINE_WIDTH = 72
 
@@ -48,6 +49,7 @@ class Scope:
     groups: dict[tuple[str, ...], None] = field(default_factory=dict)
     collectives: dict[str, None] = field(default_factory=dict)
     operators: dict[str, None] = field(default_factory=dict)
+    ranks: dict[tuple[str, ...], None] = field(default_factory=dict)
     uses_local: bool = False
 
     @property
@@ -209,7 +211,7 @@ def _assignments(scope: Scope, planned: PlannedCluster, arguments: dict[str, Exp
     uses = [name for node in cluster.nodes for name in node.inputs]
     lines = []
     for node in cluster.nodes:
-        expression = spell(node, arguments, context)
+        expression = spell(_told_its_start(scope, planned, node), arguments, context)
         name = node.outputs[0]
         inline = len(node.outputs) == 1 and uses.count(name) == 1 and name not in cluster.outputs and len(expression.text) <= INLINE_WIDTH
         if inline:
@@ -218,6 +220,17 @@ def _assignments(scope: Scope, planned: PlannedCluster, arguments: dict[str, Exp
         lines.append(f"{', '.join(node.outputs)} = {expression.text}")
         arguments.update({out: Expression(out) for out in node.outputs})
     return lines
+
+
+def _told_its_start(scope: Scope, planned: PlannedCluster, node: Node) -> Node:
+    """The node with the place of its piece, where a function is split along a dimension that asks for it."""
+    for option in planned.cluster.classes:
+        axes = tuple(axis for axis, split in zip(scope.plan.axis_names, planned.strategy.splits, strict=True) if split == option.name)
+        if option.start and axes:
+            scope.ranks[axes] = None
+            length = local_sizes(planned.cluster, planned.strategy, scope.plan.machine.sizes)[option.name]
+            node = replace(node, kwargs=(*node.kwargs, (option.start, Source(f"self.{group_name(axes)}_rank * {length}"))))
+    return node
 
 
 def _is_whole_module(scope: Scope, planned: PlannedCluster) -> bool:

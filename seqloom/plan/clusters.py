@@ -10,10 +10,12 @@ In: a `Graph` without block calls (a block, or the outer graph, whose block call
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from seqloom.graph import Graph, Node
+from seqloom.ops.rules import starts_of
+from seqloom.ops.saved import is_view, saved_for_backward
 
 HEAVY = frozenset(
     f"aten.{name}"
@@ -27,24 +29,31 @@ Item = tuple[str, int]  # a dimension of a value
 class DimClass:
     """Dimensions that are split together: `dims[value]` is the dimension of each value of the cluster that has it.
 
-    `sizes` are the numbers of pieces that a split must divide; `reduced` are the outputs that become partial sums.
+    `sizes` are the numbers of pieces that a split must divide; `reduced` are the outputs that become partial sums. `after` names the
+    classes that outer mesh axes must have split down to 1 before (query heads of one key/value head: `g` after `k`); `start` the argument
+    that tells a registered function where its piece begins.
     """
 
     name: str
     sizes: tuple[int, ...]
     dims: Mapping[str, int]
     reduced: frozenset[str] = frozenset()
+    after: tuple[str, ...] = ()
+    start: str | None = None
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Nodes under one strategy. `inputs` come from outside (parameters and buffers too), `outputs` are used outside."""
+    """Nodes under one strategy. `inputs` come from outside (parameters and buffers too), `outputs` are used outside. `saved` are the
+    values that autograd keeps, views as what they look into, with the operator's output for a tensor of its own that only has the size.
+    """
 
     name: str
     nodes: tuple[Node, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     classes: tuple[DimClass, ...]
+    saved: tuple[tuple[str, str], ...] = ()
 
     @property
     def heavy(self) -> bool:
@@ -131,7 +140,34 @@ def _cluster(graph: Graph, nodes: list[Node], used_outside: set[str]) -> Cluster
     made = {out for node in nodes for out in node.outputs}
     inputs = tuple(dict.fromkeys(name for node in nodes for name in node.inputs if name not in made))
     outputs = tuple(out for node in nodes for out in node.outputs if out in used_outside)
-    return Cluster(nodes[-1].outputs[0], tuple(nodes), inputs, outputs, _classes(graph, nodes))
+    classes = (*_classes(graph, nodes), *_nested_classes(nodes))
+    return Cluster(nodes[-1].outputs[0], tuple(nodes), inputs, outputs, classes, tuple(_saved(graph, nodes)))
+
+
+def _saved(graph: Graph, nodes: list[Node]) -> Iterator[tuple[str, str]]:
+    base: dict[str, str] = {}
+    for node in nodes:
+        if is_view(node.op):
+            base.update(dict.fromkeys(node.outputs, base.get(node.inputs[0], node.inputs[0])))
+        if not any(graph.values[name].requires_grad for name in node.outputs):
+            continue
+        for side, index in saved_for_backward(node.op, node.args, dict(node.kwargs), graph.values):
+            name = (node.outputs if side == "output" else node.inputs)[index]
+            if side == "like_input":
+                yield name, node.outputs[0]
+            elif graph.values[name].kind not in ("parameter", "buffer"):
+                yield base.get(name, name), ""
+
+
+def _nested_classes(nodes: list[Node]) -> Iterator[DimClass]:
+    """Classes of a registered function that lie behind others in one dimension, as the query heads of a key/value head do."""
+    if len(nodes) == 1 and ":" in nodes[0].op:
+        node = nodes[0]
+        for split in node.bound.splits(nested=True):
+            if split.after and not split.reduced:
+                dims = {n: d for n, d in zip(node.inputs, split.input_dims, strict=True) if d is not None}
+                dims |= {n: d for n, d in zip(node.outputs, split.output_dims, strict=True) if d is not None}
+                yield DimClass(split.name, (split.size,), dims, after=split.after)
 
 
 def _classes(graph: Graph, nodes: list[Node]) -> tuple[DimClass, ...]:
@@ -177,7 +213,8 @@ def _collect(
         reduced = frozenset(name for fact in mine for name in fact[2])
         if frozen & set(items) or len(set(names)) < len(names) or (reduced and len(nodes) > 1):
             continue
-        built.append(DimClass(mine[0][3], tuple(sorted({fact[1] for fact in mine})), dict(items), reduced))
+        start = starts_of(nodes[0].op).get(mine[0][3]) if len(nodes) == 1 else None
+        built.append(DimClass(mine[0][3], tuple(sorted({fact[1] for fact in mine})), dict(items), reduced, start=start))
     return tuple(built)
 
 

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from seqloom.errors import UserError
 from seqloom.plan.evaluate import GIB, Evaluation
 from seqloom.plan.labels import ATTENTION
+from seqloom.plan.modes import Mode, kept_matmuls
 from seqloom.plan.placement import B, Layout, P, Placement, R, S
 from seqloom.plan.plan import Plan, PlannedRegion, Reshard
-from seqloom.plan.price import flops_of
-from seqloom.plan.solver import Decisions, SolverReport
+from seqloom.plan.price import DP, flops_of
+from seqloom.plan.solver import Alternative, Decisions, SolverReport
 from seqloom.plan.space import Axis
 from seqloom.plan.storage import Storage
 
-VERSION = 1
+VERSION = 2
 
 
 def plan_document(plan: Plan, evaluation: Evaluation, solver: SolverReport, timings: Mapping[str, float]) -> dict[str, Any]:
@@ -38,17 +40,22 @@ def plan_document(plan: Plan, evaluation: Evaluation, solver: SolverReport, timi
         "micro_batch_size": batch,
         "grad_accumulation_steps": plan.storage.accumulation,
         "zero": plan.storage.zero,
+        "storage": _storage(plan),
         "step_time_s": evaluation.step_s,
         "time_s": dict(evaluation.time),
         "tokens_per_s_per_gpu": tokens / evaluation.step_s / ranks,
         "mfu_causal": causal,
         "mfu_full": full,
         "peak_memory_gib": {"total": evaluation.peak_bytes / GIB, **{part: b / GIB for part, b in evaluation.memory.items()}},
+        "host_memory_gib": evaluation.host_bytes / GIB,
+        "flops_per_rank": dict(evaluation.rank_flops),
         "memory_limit_gib": plan.machine.hardware.usable_bytes / GIB,
         "comm_bytes": dict(evaluation.wire_bytes),
         "blocks": {key or "model": _region_rows(plan, planned) for key, planned in plan.regions.items()},
         "repeated": repeated_work(plan),
         "segments": {key: _segment_rows(planned) for key, planned in plan.regions.items() if key},
+        "alternatives": [_alternative_row(tried, plan) for tried in solver.alternatives],
+        "memory_timeline": [{"at": p.at, "gib": {part: b / GIB for part, b in p.parts.items()}} for p in evaluation.points],
         "solver": {
             "status": solver.status,
             "gap": solver.gap,
@@ -58,6 +65,24 @@ def plan_document(plan: Plan, evaluation: Evaluation, solver: SolverReport, timi
         },
         "timings": dict(timings),
         "decisions": decisions_document(plan.decisions),
+    }
+
+
+def _storage(plan: Plan) -> dict[str, Any]:
+    named = {DP: "dp", **dict(enumerate(plan.axis_names))}
+    sharded = [named[axis] for axis in plan.storage.sharded]
+    copies = [named[axis] for axis in plan.machine.replicated(plan.storage.sharded) if plan.machine.size(axis) > 1]
+    return {"zero": plan.storage.zero, "sharded": sharded, "replicated": copies}
+
+
+def _alternative_row(tried: Alternative, plan: Plan) -> dict[str, Any]:
+    mesh = " x ".join(f"{axis.size} {'tensor parallel' if axis.role == 'split' else 'data or sequence'}" for axis in tried.axes)
+    return {
+        "mesh": mesh or "one rank",
+        "zero": tried.storage.zero if tried.storage else None,
+        "step_time_s": None if tried.seconds is None else tried.seconds * plan.storage.accumulation,
+        "exact": tried.exact,
+        "reason": tried.reason,
     }
 
 
@@ -128,6 +153,7 @@ def _region_rows(plan: Plan, planned: PlannedRegion) -> list[dict[str, Any]]:
                     },
                     "forward_s": cluster.price.forward_s,
                     "backward_s": cluster.price.backward_s,
+                    "constants": dict(cluster.strategy.constants),
                     "segment": segment.segment.name,
                 }
             )
@@ -154,12 +180,17 @@ def _reshard_row(reshard: Reshard) -> dict[str, Any]:
     }
 
 
-def _segment_rows(planned: PlannedRegion) -> dict[str, dict[str, int]]:
-    count = planned.region.count
-    return {
-        s.segment.name: {"keep": 0 if s.recompute else count, "recompute": count if s.recompute else 0, "offload": 0}
-        for s in planned.segments
-    }
+def _segment_rows(planned: PlannedRegion) -> dict[str, dict[str, Any]]:
+    rows = {}
+    for segment in planned.segments:
+        row: dict[str, Any] = dict.fromkeys(("keep", "recompute", "selective", "offload"), 0)
+        for mode, layers in segment.modes:
+            row[mode.kind] += layers
+        row["tiles"] = max(mode.tiles for mode, _ in segment.modes)
+        kept = kept_matmuls(planned.region, segment.index) if row["selective"] and segment.index is not None else ()
+        row["kept"] = [planned.region.parts[index].outputs[0] for index in kept]
+        rows[segment.segment.name] = row
+    return rows
 
 
 def decisions_document(decisions: Decisions) -> dict[str, Any]:
@@ -167,9 +198,13 @@ def decisions_document(decisions: Decisions) -> dict[str, Any]:
     return {
         "axes": [{"size": axis.size, "role": axis.role} for axis in decisions.axes],
         "dp": decisions.dp,
-        "storage": {"zero": decisions.storage.zero, "itemsize": decisions.storage.itemsize, "accumulation": decisions.storage.accumulation},
+        "storage": asdict(decisions.storage) | {"sharded": list(decisions.storage.sharded)},
         "splits": {key: [list(split) for split in parts] for key, parts in decisions.splits.items()},
-        "recompute": {key: list(flags) for key, flags in decisions.recompute.items()},
+        "constants": {key: [dict(constants) for constants in parts] for key, parts in decisions.constants.items()},
+        "modes": {
+            key: [[[mode.kind, mode.tiles, layers] for mode, layers in counts] for counts in segments]
+            for key, segments in decisions.modes.items()
+        },
         "slots": {slot: layout_text(layout) for slot, layout in decisions.slots.items()},
     }
 
@@ -180,9 +215,13 @@ def parse_decisions(document: Mapping[str, Any]) -> Decisions:
         return Decisions(
             axes=tuple(Axis(axis["size"], axis["role"]) for axis in document["axes"]),
             dp=document["dp"],
-            storage=Storage(**document["storage"]),
+            storage=Storage(**{**document["storage"], "sharded": tuple(document["storage"]["sharded"])}),
             splits={key: tuple(tuple(split) for split in parts) for key, parts in document["splits"].items()},
-            recompute={key: tuple(flags) for key, flags in document["recompute"].items()},
+            constants={key: tuple(tuple(constants.items()) for constants in parts) for key, parts in document["constants"].items()},
+            modes={
+                key: tuple(tuple((Mode(kind, tiles), layers) for kind, tiles, layers in counts) for counts in segments)
+                for key, segments in document["modes"].items()
+            },
             slots={slot: parse_layout(text) for slot, text in document["slots"].items()},
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -6,30 +6,43 @@ was chosen, and these are the figures that are printed, checked by dry run and w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from seqloom.cost.communication import collective_seconds
+from seqloom.cost.communication import wire_bytes
+from seqloom.cost.compute import exposed_seconds, host_seconds
 from seqloom.graph import Graph
-from seqloom.plan.placement import Layout, local_shape
+from seqloom.plan.liveness import Point, group_of, liveness, offloaded_bytes, parameter_numel
+from seqloom.plan.memory import copy_seconds
+from seqloom.plan.modes import kept_matmuls, reached, replayed
+from seqloom.plan.placement import local_shape
 from seqloom.plan.plan import Plan, PlannedCluster, PlannedRegion, PlannedSegment, Reshard
-from seqloom.plan.price import flops_of, kept_value, move_wire_bytes, view_root
+from seqloom.plan.price import backward_flops, flops_of, move_wire_bytes, rank_flops
+from seqloom.plan.problem import extra_seconds, split_axis_gradients
 from seqloom.plan.regions import OUTER
-from seqloom.plan.storage import GroupCost, group_cost, group_wire_bytes
+from seqloom.plan.storage import group_wire_bytes
 
 GIB = 2.0**30
+TIMES = ("forward", "backward", "recompute", "reshard", "parameters_exposed", "host_exposed", "optimizer")
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Predicted figures of one step of one scale unit; memory in bytes on one rank, time in seconds."""
+    """Predicted figures of one step of one scale unit; memory in bytes on one rank, time in seconds.
+
+    `memory` are the parts at the peak, `points` all points of a step; `flops` the model's forward FLOPs, `rank_flops` what the busiest rank
+    executes, by phase; `host_bytes` what lies in host memory at most.
+    """
 
     step_s: float
     time: Mapping[str, float]
     memory: Mapping[str, float]
+    points: tuple[Point, ...]
     wire_bytes: Mapping[str, int]
     flops: float
+    rank_flops: Mapping[str, float]
+    host_bytes: float
 
     @property
     def peak_bytes(self) -> float:
@@ -40,98 +53,74 @@ class Evaluation:
 def evaluate(plan: Plan) -> Evaluation:
     """Time, memory and traffic of one step (all its micro-batches)."""
     accumulation = plan.storage.accumulation
-    time = dict.fromkeys(("forward", "backward", "recompute", "reshard", "parameters_exposed", "optimizer"), 0.0)
-    for key, planned in plan.regions.items():
-        for part, seconds in _region_time(plan, key, planned).items():
-            time[part] += accumulation * planned.region.count * seconds
+    time = dict.fromkeys(TIMES, 0.0)
+    for planned in plan.regions.values():
+        for part, seconds in region_time(plan, planned).items():
+            time[part] += accumulation * seconds
     for reshards in plan.entering.values():
         time["reshard"] += accumulation * sum(r.forward_s + r.backward_s for r in reshards)
-    memory = _memory(plan)
-    return Evaluation(sum(time.values()), time, memory, _wire_bytes(plan), _flops(plan) * accumulation)
+    points = liveness(plan)
+    peak = max(points, key=lambda point: point.total)
+    host = sum(offloaded_bytes(plan, planned) for planned in plan.regions.values())
+    flops = _flops(plan) * accumulation
+    return Evaluation(sum(time.values()), time, dict(peak.parts), points, _wire_bytes(plan), flops, _rank_flops(plan), host)
 
 
-def _region_time(plan: Plan, key: str, planned: PlannedRegion) -> dict[str, float]:
-    time = dict.fromkeys(("forward", "backward", "recompute", "reshard", "parameters_exposed", "optimizer"), 0.0)
+def region_time(plan: Plan, planned: PlannedRegion) -> dict[str, float]:
+    """Seconds of all calls of a region in one micro-batch, by part."""
+    count, hardware = planned.region.count, plan.machine.hardware
+    time = dict.fromkeys(TIMES, 0.0)
     for segment in planned.segments:
         reshards = [*segment.leaving, *(r for cluster in segment.clusters for r in cluster.reshards)]
-        forward = sum(c.price.forward_s for c in segment.clusters)
-        time["forward"] += forward
-        time["backward"] += sum(c.price.backward_s for c in segment.clusters)
-        time["reshard"] += sum(r.forward_s + r.backward_s for r in reshards)
-        time["recompute"] += (forward + sum(r.forward_s for r in reshards)) if segment.recompute else 0.0
-    group = _group(plan, key, planned)
+        time["forward"] += count * sum(c.price.forward_s for c in segment.clusters)
+        time["backward"] += count * sum(c.price.backward_s for c in segment.clusters)
+        time["reshard"] += count * sum(r.forward_s + r.backward_s for r in reshards)
+        time["recompute"] += replay_seconds(plan, planned, segment)
+    group, sent = group_of(plan, planned), offloaded_bytes(plan, planned)
     compute = time["forward"], time["backward"] + time["recompute"]
-    time["parameters_exposed"] = max(0.0, group.forward_s - compute[0]) + max(0.0, group.backward_s - compute[1])
-    time["reshard"] += _split_axis_gradients(plan, planned)
-    time["optimizer"] = group.optimizer_s
+    for traffic, beside in zip((group.forward_s, group.backward_s), compute, strict=True):
+        time["parameters_exposed"] += exposed_seconds(hardware, count * traffic, beside) if parameter_numel(plan, planned) else 0.0
+        time["host_exposed"] += max(0.0, host_seconds(hardware, sent) - beside)
+    time["host_exposed"] += copy_seconds(hardware, sent)
+    for name, layout in planned.parameter_layouts().items():
+        nbytes = prod(local_shape(planned.region.graph.values[name].shape, layout, plan.machine.sizes)) * plan.storage.itemsize
+        time["reshard"] += count * sum(split_axis_gradients(plan.machine, layout, nbytes))
+    time["optimizer"] = count * group.optimizer_s
     return time
 
 
-def _group(plan: Plan, key: str, planned: PlannedRegion) -> GroupCost:
-    numel = sum(prod(_local(plan, planned, name, layout)) for name, layout in planned.parameter_layouts().items())
-    return group_cost(numel, plan.machine, plan.storage, key == OUTER)
-
-
-def _local(plan: Plan, planned: PlannedRegion, name: str, layout: Layout) -> tuple[int, ...]:
-    return local_shape(planned.region.graph.values[name].shape, layout, plan.machine.sizes)
-
-
-def _split_axis_gradients(plan: Plan, planned: PlannedRegion) -> float:
-    seconds = 0.0
-    for name, layout in planned.parameter_layouts().items():
-        nbytes = prod(_local(plan, planned, name, layout)) * plan.storage.itemsize
-        for index, axis in enumerate(plan.machine.axes):
-            if axis.role == "split" and layout[index].kind == "B":
-                seconds += collective_seconds(plan.machine.hardware, "all_reduce", nbytes, plan.machine.span((index,)))
+def replay_seconds(plan: Plan, planned: PlannedRegion, segment: PlannedSegment) -> float:
+    """Seconds that the modes of a segment add, over all its layers."""
+    if segment.index is None:
+        return 0.0
+    seconds, start = 0.0, segment.segment.start
+    for mode, layers in segment.modes:
+        for offset, c in enumerate(segment.clusters):
+            seconds += layers * extra_seconds(plan.machine, planned.region, start + offset, c.strategy, c.price, mode)
+            if mode.kind in ("recompute", "selective") and start + offset in reached(planned.region, segment.index):
+                seconds += layers * sum(r.forward_s for r in c.reshards)
     return seconds
 
 
-def _memory(plan: Plan) -> dict[str, float]:
-    """Bytes on one rank at the peak, by part: stored state, what stays gathered, what is kept for backward, the largest backward.
-
-    The peak is where the backward of some segment begins with everything kept, or at the end, when all gradients are there instead.
-    """
-    memory = {"states": 0.0, "gathered": 0.0, "activations": 0.0, "working": 0.0}
-    working = ending = 0.0
-    for key, planned in plan.regions.items():
-        group = _group(plan, key, planned)
-        memory["states"] += planned.region.count * group.stored_bytes
-        memory["gathered"] += planned.region.count * group.resident_bytes
-        ending += planned.region.count * group.ending_bytes
-        memory["activations"] += planned.region.count * sum(_kept(plan, planned).values())
+def _rank_flops(plan: Plan) -> dict[str, float]:
+    """FLOPs that the busiest rank executes in a step: forward, backward, and what is computed again."""
+    total = dict.fromkeys(("forward", "backward", "recompute"), 0.0)
+    for planned in plan.regions.values():
         for segment in planned.segments:
-            brought_back = sum(sum(c.price.saved.values()) for c in segment.clusters) if segment.recompute else 0
-            largest = max((c.price.working_bytes for c in segment.clusters), default=0)
-            working = max(working, group.in_flight_bytes + brought_back + largest)
-    if ending > memory["activations"] + working:
-        return {**memory, "activations": 0.0, "working": ending}
-    return {**memory, "working": working}
+            for offset, c in enumerate(segment.clusters):
+                forward = rank_flops(c.cluster, c.strategy, plan.machine.sizes) * plan.storage.accumulation
+                total["forward"] += planned.region.count * forward
+                total["backward"] += planned.region.count * backward_flops(c.cluster, forward)
+                total["recompute"] += forward * _replays(planned, segment, offset)
+    return total
 
 
-def _kept(plan: Plan, planned: PlannedRegion) -> dict[tuple[str, Layout], float]:
-    """Bytes kept for backward by one call of a region, each storage once."""
-    graph = planned.region.graph
-    roots: dict[tuple[str, Layout], tuple[str, Layout]] = {}
-    for cluster in planned.clusters:
-        root = view_root(graph, cluster.cluster)
-        if root is not None:
-            layouts = cluster.strategy.layouts
-            roots.update({(name, layouts[name]): (root, layouts[root]) for name in cluster.cluster.outputs})
-    kept: dict[tuple[str, Layout], float] = {}
-    for segment in planned.segments:
-        for key in _needs(planned, segment):
-            while key in roots:
-                key = roots[key]
-            value = kept_value(graph, key[0])
-            kept[key] = float(prod(local_shape(value.shape, key[1], plan.machine.sizes)) * value.dtype.itemsize)
-    return kept
-
-
-def _needs(planned: PlannedRegion, segment: PlannedSegment) -> list[tuple[str, Layout]]:
-    if segment.recompute:
-        values = planned.region.graph.values
-        return [(name, planned.layouts[name]) for name in segment.segment.inputs if values[name].requires_grad]
-    return [key for cluster in segment.clusters for key in cluster.price.saved]
+def _replays(planned: PlannedRegion, segment: PlannedSegment, offset: int) -> int:
+    """In how many layers a cluster is computed again."""
+    if segment.index is None or segment.segment.start + offset not in replayed(planned.region, segment.index):
+        return 0
+    kept = segment.segment.start + offset in kept_matmuls(planned.region, segment.index)
+    return sum(layers for mode, layers in segment.modes if mode.kind == "recompute" or (mode.kind == "selective" and not kept))
 
 
 def _wire_bytes(plan: Plan) -> dict[str, int]:
@@ -143,10 +132,12 @@ def _wire_bytes(plan: Plan) -> dict[str, int]:
             total[kind] = total.get(kind, 0) + times * count
 
     for key, planned in plan.regions.items():
-        numel = sum(prod(_local(plan, planned, name, layout)) for name, layout in planned.parameter_layouts().items())
-        add(group_wire_bytes(numel, plan.machine, plan.storage, key == OUTER), planned.region.count)
+        add(group_wire_bytes(parameter_numel(plan, planned), plan.machine, plan.storage, key == OUTER), planned.region.count)
         for reshard in _reshards(planned):
             add(reshard_wire_bytes(plan, planned.region.graph, reshard), planned.region.count * plan.storage.accumulation)
+        for reshard, times in _again(planned):
+            add(reshard_wire_bytes(plan, planned.region.graph, reshard, forward_only=True), times * plan.storage.accumulation)
+        add(_split_axis_bytes(plan, planned), planned.region.count * plan.storage.accumulation)
     for reshards in plan.entering.values():
         for reshard in reshards:
             add(reshard_wire_bytes(plan, plan.outer.region.graph, reshard), plan.storage.accumulation)
@@ -157,12 +148,32 @@ def _reshards(planned: PlannedRegion) -> list[Reshard]:
     return [r for s in planned.segments for r in (*s.leaving, *(r for c in s.clusters for r in c.reshards))]
 
 
-def reshard_wire_bytes(plan: Plan, graph: Graph, reshard: Reshard) -> dict[str, int]:
+def _again(planned: PlannedRegion) -> Iterator[tuple[Reshard, int]]:
+    """Reshards that replays repeat, with the number of layers that do."""
+    for segment in planned.segments:
+        times = sum(layers for mode, layers in segment.modes if mode.kind in ("recompute", "selective"))
+        for offset, cluster in enumerate(segment.clusters if times and segment.index is not None else ()):
+            if segment.segment.start + offset in reached(planned.region, segment.index):
+                yield from ((reshard, times) for reshard in cluster.reshards)
+
+
+def _split_axis_bytes(plan: Plan, planned: PlannedRegion) -> dict[str, int]:
+    """Bytes of the all-reduces of gradients over `split` axes on which their parameters live whole."""
+    total = 0
+    for name, layout in planned.parameter_layouts().items():
+        nbytes = prod(local_shape(planned.region.graph.values[name].shape, layout, plan.machine.sizes)) * plan.storage.itemsize
+        for index, axis in enumerate(plan.machine.axes):
+            if axis.role == "split" and layout[index].kind == "B":
+                total += wire_bytes("all_reduce", nbytes, axis.size)
+    return {"all_reduce": total}
+
+
+def reshard_wire_bytes(plan: Plan, graph: Graph, reshard: Reshard, forward_only: bool = False) -> dict[str, int]:
     """Bytes that one rank sends for one reshard, forward and backward, by collective."""
     total: dict[str, int] = {}
     before = reshard.src
     for move in reshard.moves:
-        for kind, count in move_wire_bytes(graph.values[reshard.value], before, move, plan.machine).items():
+        for kind, count in move_wire_bytes(graph.values[reshard.value], before, move, plan.machine, forward_only).items():
             total[kind] = total.get(kind, 0) + count
         before = move.layout
     return total

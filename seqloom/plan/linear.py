@@ -42,12 +42,19 @@ class LinearProgram:
         self._low: list[float] = []
         self._high: list[float] = []
 
-    def variable(self, cost: float = 0.0, *, binary: bool = False, upper: float = np.inf) -> int:
-        """A new variable; a binary one is 0 or 1."""
+    def variable(self, cost: float = 0.0, *, binary: bool = False, integer: bool = False, upper: float = np.inf) -> int:
+        """A new variable; a binary one is 0 or 1, an integer one a whole number up to `upper`."""
         self.costs.append(cost)
         self.upper.append(1.0 if binary else upper)
-        self.integer.append(int(binary))
+        self.integer.append(int(binary or integer))
         return len(self.costs) - 1
+
+    def copy(self) -> LinearProgram:
+        """The same program, to be extended in another way."""
+        other = LinearProgram()
+        for name, content in vars(self).items():
+            setattr(other, name, list(content))
+        return other
 
     def constrain(self, terms: Iterable[Term], low: float = -np.inf, high: float = np.inf) -> None:
         """low <= sum of coefficient * variable <= high; a variable may occur more than once."""
@@ -86,6 +93,6 @@ class LinearProgram:
         return Solution(result.x, objective, bound, relative, "optimal" if result.status == OPTIMAL else "time limit")
 
     def integral(self, solution: Solution) -> bool:
-        """Whether every binary variable of a (relaxed) solution is 0 or 1."""
-        binaries = solution.values[np.array(self.integer, dtype=bool)]
-        return bool(np.all(np.minimum(np.abs(binaries), np.abs(binaries - 1.0)) < 1e-6))
+        """Whether every whole number of a (relaxed) solution is one."""
+        whole = solution.values[np.array(self.integer, dtype=bool)]
+        return bool(np.all(np.abs(whole - np.round(whole)) < 1e-6))

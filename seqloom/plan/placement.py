@@ -11,6 +11,7 @@ import heapq
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from math import prod
 from typing import Literal, NamedTuple
 
 Kind = Literal["S", "R", "B", "P"]
@@ -53,6 +54,12 @@ def local_shape(shape: Sequence[int], layout: Layout, sizes: Sequence[int]) -> t
                 raise ValueError(f"dimension {placement.dim} of {tuple(shape)} does not divide by {size}")
             local[placement.dim] //= size
     return tuple(local)
+
+
+@lru_cache(maxsize=100_000)
+def local_numel(shape: tuple[int, ...], layout: Layout, sizes: tuple[int, ...]) -> int:
+    """Elements of one rank's piece of a tensor."""
+    return prod(local_shape(shape, layout, sizes))
 
 
 def divides(shape: Sequence[int], layout: Layout, sizes: Sequence[int]) -> bool:
@@ -103,6 +110,15 @@ def reshard_path(
     `cost(shape, layout_before, move)` is in seconds, forward and backward together. None when no sequence exists
     (a partial sum can not be made from anything else).
     """
+    return cheapest_path(
+        src, dst, lambda layout, dims: [(cost(shape, layout, move), move) for move in cached_moves(shape, sizes, layout, dims)]
+    )
+
+
+def cheapest_path(
+    src: Layout, dst: Layout, priced: Callable[[Layout, tuple[int, ...]], list[tuple[float, Move]]]
+) -> tuple[float, tuple[Move, ...]] | None:
+    """As `reshard_path`; `priced(layout, dims)` gives the moves out of a layout, to splits of `dims`, with their seconds."""
     if src == dst:
         return 0.0, ()
     dims = tuple(sorted({p.dim for p in (*src, *dst) if p.kind == "S"}))
@@ -116,9 +132,9 @@ def reshard_path(
         if layout in settled:
             continue
         settled.add(layout)
-        for move in cached_moves(shape, sizes, layout, dims):
+        for seconds, move in priced(layout, dims):
             if move.layout not in settled:
-                heapq.heappush(frontier, (spent + cost(shape, layout, move), next(tie), move.layout, (*path, move)))
+                heapq.heappush(frontier, (spent + seconds, next(tie), move.layout, (*path, move)))
     return None
 
 

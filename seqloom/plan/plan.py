@@ -7,15 +7,16 @@ names for the mesh axes. It works for any graph of the same structure, so a plan
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from seqloom.plan.clusters import Cluster
+from seqloom.plan.modes import KEEP, Counts, scaled
 from seqloom.plan.placement import Layout, Move, reshard_path
 from seqloom.plan.price import Machine, Price, move_seconds, price
 from seqloom.plan.regions import OUTER, Region, Regions
 from seqloom.plan.segments import Segment
 from seqloom.plan.solver import Decisions
-from seqloom.plan.space import Strategy, strategies
+from seqloom.plan.space import Strategy, strategies, with_constants
 from seqloom.plan.storage import Storage
 
 
@@ -43,12 +44,15 @@ class PlannedCluster:
 
 @dataclass(frozen=True)
 class PlannedSegment:
-    """A segment of a block (or the whole outer graph): its clusters in order and the reshards of values that leave the block."""
+    """A segment of a block (or the whole outer graph): its clusters in order, the reshards of values that leave the block, and the modes
+    of its layers in layer order. `index` is None for the outer graph.
+    """
 
     segment: Segment
+    index: int | None
     clusters: tuple[PlannedCluster, ...]
     leaving: tuple[Reshard, ...]
-    recompute: bool
+    modes: Counts
 
 
 @dataclass(frozen=True)
@@ -135,8 +139,11 @@ def _region(regions: Regions, region: Region, decisions: Decisions, machine: Mac
         layouts.update({name: strategy.layouts[name] for name in part.outputs})
     whole = Segment("forward", 0, len(region.parts), tuple(region.graph.inputs), tuple(region.graph.outputs), False)
     spans = region.segments or (whole,)
-    flags = decisions.recompute[region.key] or (False,)
-    built = [_segment(region, s, chosen, layouts, borders, r, machine) for s, r in zip(spans, flags, strict=True)]
+    modes = decisions.modes[region.key] or (((KEEP, region.count),),)
+    built = [
+        _segment(region, i if region.segments else None, span, chosen, layouts, borders, scaled(counts, region.count), machine)
+        for i, (span, counts) in enumerate(zip(spans, modes, strict=True))
+    ]
     return PlannedRegion(region, tuple(built), layouts)
 
 
@@ -144,23 +151,24 @@ def _strategy(region: Region, index: int, part: Cluster, decisions: Decisions, m
     wanted = decisions.splits[region.key][index] if index < len(decisions.splits[region.key]) else None
     for strategy in strategies(region.graph, part, region.labels, machine.axes):
         if strategy.splits == wanted:
-            return strategy
+            return replace(strategy, constants=decisions.constants[region.key][index])
     raise PlanMismatch(f"{region.key or 'model'}: {part.name} has no strategy {wanted} on a mesh of {machine.sizes}")
 
 
 def _segment(
     region: Region,
+    index: int | None,
     segment: Segment,
     chosen: Sequence[Strategy],
     layouts: Mapping[str, Layout],
     borders: Mapping[str, Layout],
-    recompute: bool,
+    modes: Counts,
     machine: Machine,
 ) -> PlannedSegment:
     present: set[tuple[str, Layout]] = set()
     clusters = []
-    for index in range(segment.start, segment.stop):
-        part, strategy = region.parts[index], chosen[index]
+    for position in range(segment.start, segment.stop):
+        part, strategy = with_constants(region.parts[position], chosen[position].constants), chosen[position]
         reshards = []
         for name in part.inputs:
             wanted = strategy.layouts[name]
@@ -173,7 +181,7 @@ def _segment(
         for name in segment.outputs
         if name in region.graph.outputs and name in borders and layouts[name] != borders[name] and (name, borders[name]) not in present
     ]
-    return PlannedSegment(segment, tuple(clusters), tuple(leaving), recompute)
+    return PlannedSegment(segment, index, tuple(clusters), tuple(leaving), modes)
 
 
 def _reshard(region: Region, name: str, src: Layout, dst: Layout, machine: Machine) -> Reshard:

@@ -13,18 +13,20 @@ from functools import cached_property
 from math import prod
 
 from seqloom.cost.communication import AxisSpan, CollectiveKind, collective_seconds, wire_bytes
-from seqloom.cost.compute import ATTENTION_BACKWARD_RATIO, attention_seconds, bandwidth_seconds, matmul_seconds
+from seqloom.cost.compute import ATTENTION_BACKWARD_RATIO, attention_seconds, bandwidth_seconds, matmul_seconds, pointwise_seconds
 from seqloom.cost.hardware import Hardware
 from seqloom.graph import Graph, Node, Value
-from seqloom.ops.flops import flops, workspace_bytes
-from seqloom.ops.saved import is_view, saved_for_backward
-from seqloom.plan.clusters import Cluster
+from seqloom.ops.flops import flops, local_flops, matmul_side, workspace_bytes
+from seqloom.ops.saved import is_view
+from seqloom.plan.clusters import Cluster, DimClass
 from seqloom.plan.labels import ATTENTION
 from seqloom.plan.placement import Layout, Move, local_shape
-from seqloom.plan.space import Axis, Strategy
+from seqloom.plan.space import Axis, Strategy, with_constants
 
 LIKE = " as kept by "  # a tensor of its own, of the size of a value: `logits as kept by losses`
 MATMULS = ("aten.linear.default", "aten.matmul.default", "aten.mm.default")
+LARGE = 4096  # side of a matrix product that runs at the full rate
+DP = -1  # the axis of scale units, outside every plan axis
 
 
 @dataclass(frozen=True)
@@ -53,20 +55,33 @@ class Machine:
         """Sizes of the plan axes, outer to inner."""
         return tuple(axis.size for axis in self.axes)
 
+    @cached_property
+    def storage_axes(self) -> tuple[int, ...]:
+        """Axes over which parameters are reduced and may be sharded, outer to inner: the scale units and the `sum` axes."""
+        return (DP, *(a for a, axis in enumerate(self.axes) if axis.role == "sum"))
+
+    def size(self, axis: int) -> int:
+        """Ranks of one axis; `DP` for the scale units."""
+        return self.dp if axis == DP else self.sizes[axis]
+
+    def replicated(self, sharded: Sequence[int]) -> tuple[int, ...]:
+        """The storage axes that are not in `sharded`."""
+        return tuple(axis for axis in self.storage_axes if axis not in sharded)
+
     def span(self, axes: Sequence[int]) -> AxisSpan:
-        """The ranks that some axes together span; neighbouring axes are exact, others are priced by their outermost one's reach."""
-        stride = prod(self.sizes[max(axes) + 1 :])
-        return AxisSpan(prod(self.sizes[a] for a in axes), stride if _adjacent(axes) else prod(self.sizes[min(axes) + 1 :]))
+        """The ranks that some axes (mesh order) together span; axes that do not neighbour are taken as evenly spread over their reach."""
+        key = tuple(axes)
+        if key not in self._spans:
+            ranks = prod(self.size(axis) for axis in key)
+            reach = self.size(key[0]) * prod(self.sizes[key[0] + 1 :]) if key else 1
+            inner = prod(self.sizes[key[-1] + 1 :]) if key else 1
+            neighbours = list(key) == list(range(key[0], key[-1] + 1)) if key else True
+            self._spans[key] = AxisSpan(ranks, inner if neighbours else max(1, reach // ranks))
+        return self._spans[key]
 
-    def sum_span(self) -> AxisSpan:
-        """The ranks over which parameters of `sum` axes are reduced and sharded: those axes and the scale units."""
-        chosen = [a for a, axis in enumerate(self.axes) if axis.role == "sum"]
-        inner = prod(axis.size for axis in self.axes if axis.role == "split")
-        return AxisSpan(self.dp * prod(self.sizes[a] for a in chosen), inner)
-
-
-def _adjacent(axes: Sequence[int]) -> bool:
-    return list(axes) == list(range(min(axes), max(axes) + 1))
+    @cached_property
+    def _spans(self) -> dict[tuple[int, ...], AxisSpan]:
+        return {}
 
 
 _COLLECTIVES: dict[tuple[str, str], tuple[tuple[CollectiveKind, bool], ...]] = {
@@ -110,24 +125,54 @@ def move_seconds(value: Value, before: Layout, move: Move, machine: Machine) -> 
     return seconds[0], seconds[1]
 
 
-def move_wire_bytes(value: Value, before: Layout, move: Move, machine: Machine) -> dict[CollectiveKind, int]:
-    """Bytes that one rank sends in forward and backward, by kind."""
+def move_wire_bytes(value: Value, before: Layout, move: Move, machine: Machine, forward_only: bool = False) -> dict[CollectiveKind, int]:
+    """Bytes that one rank sends in forward and backward (or forward alone), by kind."""
     ranks = prod(machine.sizes[a] for a in move.axes)
     total: dict[CollectiveKind, int] = {}
-    for _, kind, nbytes in move_collectives(value, before, move, machine):
-        total[kind] = total.get(kind, 0) + wire_bytes(kind, nbytes, ranks)
+    for backward, kind, nbytes in move_collectives(value, before, move, machine):
+        if not (backward and forward_only):
+            total[kind] = total.get(kind, 0) + wire_bytes(kind, nbytes, ranks)
     return total
 
 
-def price(graph: Graph, cluster: Cluster, strategy: Strategy, machine: Machine) -> Price:
-    """Seconds and bytes of a cluster under a strategy on one rank."""
+def price(graph: Graph, cluster: Cluster, strategy: Strategy, machine: Machine, tiles: int = 1, along: DimClass | None = None) -> Price:
+    """Seconds and bytes of a cluster under a strategy on one rank.
+
+    With `tiles` the dimension `along` is worked through in so many pieces, one after the other: seconds are of all of them, bytes of one.
+    """
+    cluster = with_constants(cluster, strategy.constants)
     shapes = {name: local_shape(graph.values[name].shape, strategy.layouts[name], machine.sizes) for name in cluster.values}
+    if along is not None:
+        shapes = {name: _tile(shape, along.dims.get(name), tiles) for name, shape in shapes.items()}
     nbytes = {name: prod(shape) * graph.values[name].dtype.itemsize for name, shape in shapes.items()}
-    pieces = prod(size for size, split in zip(machine.sizes, strategy.splits, strict=True) if split)
-    forward, backward = _seconds(graph, cluster, shapes, nbytes, pieces, machine.hardware)
+    sizes = local_sizes(cluster, strategy, machine.sizes)
+    count = rank_flops(cluster, strategy, machine.sizes) / tiles
+    forward, backward = _seconds(graph, cluster, shapes, nbytes, count, _side(cluster.nodes[0], sizes), machine.hardware)
     activations = [n for n in (*cluster.inputs, *cluster.outputs) if graph.values[n].requires_grad and graph.values[n].kind != "parameter"]
-    working = sum(nbytes[name] for name in activations) + _workspace(cluster.nodes[0], shapes)
-    return Price(forward, backward, _saved(graph, cluster, strategy, nbytes), working)
+    node = cluster.nodes[0]
+    working = sum(nbytes[name] for name in activations) + workspace_bytes(node.op, node.args, dict(node.kwargs), sizes)
+    return Price(tiles * forward, tiles * backward, _saved(cluster, strategy, nbytes), working)
+
+
+def _side(node: Node, sizes: Mapping[str, int]) -> int:
+    return matmul_side(node.op, node.args, dict(node.kwargs), sizes) or LARGE
+
+
+def _tile(shape: tuple[int, ...], dim: int | None, tiles: int) -> tuple[int, ...]:
+    return shape if dim is None else (*shape[:dim], -(-shape[dim] // tiles), *shape[dim + 1 :])
+
+
+def local_sizes(cluster: Cluster, strategy: Strategy, ranks: Sequence[int]) -> dict[str, int]:
+    """Sizes by name of a costly node on one rank; where a piece is told its start, that of the last piece, which has the most to do."""
+    sizes = dict(cluster.nodes[0].bound.sizes)
+    starts = {option.name: option.start for option in cluster.classes}
+    for count, split in zip(ranks, strategy.splits, strict=True):
+        if split in sizes:
+            sizes[split] //= count
+    for split in strategy.splits:
+        if starts.get(split):
+            sizes[str(starts[split])] = cluster.nodes[0].bound.sizes[split] - sizes[split]
+    return sizes
 
 
 def flops_of(node: Node) -> int:
@@ -135,12 +180,22 @@ def flops_of(node: Node) -> int:
     return flops(node.op, node.args, dict(node.kwargs), node.bound)
 
 
-def _workspace(node: Node, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Temporaries of a registered operator at its local sizes."""
-    sizes = dict(node.bound.sizes)
-    for name, dims in zip(node.inputs, node.bound.inputs, strict=True):
-        sizes.update({dim[0]: size for dim, size in zip(dims or (), shapes[name], strict=False) if len(dim) == 1})
-    return workspace_bytes(node.op, node.args, dict(node.kwargs), sizes)
+def rank_flops(cluster: Cluster, strategy: Strategy, ranks: Sequence[int]) -> float:
+    """Forward FLOPs of a costly cluster on one rank (the one with the most to do); 0 for others."""
+    if not cluster.heavy:
+        return 0.0
+    node = with_constants(cluster, strategy.constants).nodes[0]
+    if ":" in node.op:
+        return float(local_flops(node.op, node.args, dict(node.kwargs), local_sizes(cluster, strategy, ranks)))
+    return flops_of(node) / prod(size for size, split in zip(ranks, strategy.splits, strict=True) if split)
+
+
+def backward_flops(cluster: Cluster, forward: float) -> float:
+    """FLOPs of the backward of a costly cluster: two products for one; five for the two of attention; a registered function with FLOPs
+    keeps only its inputs and computes again before it differentiates.
+    """
+    op = cluster.nodes[0].op
+    return forward * (ATTENTION_BACKWARD_RATIO if op == ATTENTION else 3.0 if ":" in op else 2.0)
 
 
 def _seconds(
@@ -148,10 +203,11 @@ def _seconds(
     cluster: Cluster,
     shapes: Mapping[str, tuple[int, ...]],
     nbytes: Mapping[str, int],
-    pieces: int,
+    count: float,
+    side: int,
     hardware: Hardware,
 ) -> tuple[float, float]:
-    """Forward and backward seconds of a cluster at its local sizes."""
+    """Forward and backward seconds of a cluster at its local shapes; `count` are its FLOPs, `side` the smallest side of its products."""
     node = cluster.nodes[0]
     trained = any(graph.values[name].requires_grad for name in cluster.outputs)
     if node.op in MATMULS:
@@ -160,20 +216,23 @@ def _seconds(
         forward = matmul_seconds(hardware, m, n, k, dtype)
         return forward, matmul_seconds(hardware, m, k, n, dtype) + matmul_seconds(hardware, n, k, m, dtype)
     if node.op == ATTENTION:
-        count, dtype = flops_of(node) / pieces, graph.values[node.outputs[0]].dtype
+        dtype = graph.values[node.outputs[0]].dtype
         backward = attention_seconds(hardware, ATTENTION_BACKWARD_RATIO * count, dtype, backward=True)
         return attention_seconds(hardware, count, dtype), backward
     traffic = sum(nbytes[name] for name in (*cluster.inputs, *cluster.outputs))
     if node.op == "aten.embedding.default":
         traffic = 2 * nbytes[node.outputs[0]]
-    moved = bandwidth_seconds(hardware, traffic)
-    count = flops_of(node) / pieces if cluster.heavy else 0.0
+    moved = pointwise_seconds(hardware, traffic, [traffic] if cluster.heavy else _operator_bytes(cluster, nbytes))
     if count:
         dtype = graph.values[node.inputs[0]].dtype
-        side = 4096
-        forward = max(moved, matmul_seconds(hardware, side, side, side, dtype) * count / (2.0 * side**3))
-        return forward, 3 * forward  # a registered operator with FLOPs keeps its inputs only: it recomputes before it differentiates
+        forward = max(moved, matmul_seconds(hardware, side, LARGE, LARGE, dtype) * count / (2.0 * side * LARGE**2))
+        return forward, 3 * forward  # a registered function with FLOPs keeps its inputs only: it recomputes before it differentiates
     return moved, 2 * moved if trained else 0.0
+
+
+def _operator_bytes(cluster: Cluster, nbytes: Mapping[str, int]) -> list[int]:
+    """Bytes that each operator of a chain reads and writes by itself; views move nothing."""
+    return [sum(nbytes[name] for name in (*node.inputs, *node.outputs)) for node in cluster.nodes if not is_view(node.op)]
 
 
 def matmul_sizes(node: Node, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int, int]:
@@ -183,22 +242,11 @@ def matmul_sizes(node: Node, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int
     return prod(left[:-1]), columns, left[-1]
 
 
-def _saved(graph: Graph, cluster: Cluster, strategy: Strategy, nbytes: Mapping[str, int]) -> dict[tuple[str, Layout], int]:
-    """What autograd keeps of the cluster, each storage once: a view counts as the value that it looks into."""
-    base: dict[str, str] = {}
+def _saved(cluster: Cluster, strategy: Strategy, nbytes: Mapping[str, int]) -> dict[tuple[str, Layout], int]:
+    """What autograd keeps of the cluster, each storage once."""
     kept: dict[tuple[str, Layout], int] = {}
-    for node in cluster.nodes:
-        if is_view(node.op):
-            base.update(dict.fromkeys(node.outputs, base.get(node.inputs[0], node.inputs[0])))
-        if not any(graph.values[name].requires_grad for name in node.outputs):
-            continue
-        for side, index in saved_for_backward(node.op, node.args, dict(node.kwargs), graph.values):
-            name = (node.outputs if side == "output" else node.inputs)[index]
-            if side == "like_input":
-                kept[f"{name}{LIKE}{node.outputs[0]}", strategy.layouts[name]] = nbytes[name]
-            elif graph.values[name].kind not in ("parameter", "buffer"):
-                name = base.get(name, name)
-                kept[name, strategy.layouts[name]] = nbytes[name]
+    for name, like in cluster.saved:
+        kept[f"{name}{LIKE}{like}" if like else name, strategy.layouts[name]] = nbytes[name]
     return kept
 
 

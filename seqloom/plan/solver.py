@@ -1,239 +1,212 @@
-"""Find the plan: every mesh, every ZeRO level, one linear program each.
+"""Find the plan: every mesh, every storage, one linear program each.
 
 Role in the pipeline: `Regions` and a machine in, `Decisions` out. The variables, the objective and the constraints of one program are
-described in `seqloom/plan/problem.py`, each beside the function that states it. Around it this module enumerates
+described in `seqloom/plan/problem.py` (placements and modes) and `seqloom/plan/memory.py` (memory and storage), each beside the function
+that states it. Around it this module enumerates
 
-  meshes        factorizations of the ranks into at most two axes, each axis with a role (`candidate_meshes`)
-  ZeRO levels   3, 1, 0 (`seqloom.plan.storage`)
+  meshes      factorizations of the ranks into at most three axes, each axis with a role (`request.candidate_meshes`)
+  storages    ZeRO 3 to 0 over subsets of the axes, those left out that another one beats in everything (`storage.storages`)
 
-and keeps the fastest that fits. The LP relaxation is solved first: when it is no better than the best plan so far the candidate is done,
-when it is integral it is the answer, otherwise HiGHS branches. The same input always gives the same answer: candidates come in a fixed
-order, a later one must be better, and ties inside a program are broken by a tiny cost per strategy.
+and keeps the fastest plan that fits. For each mesh a relaxation that no storage can beat is solved first (`memory.add_bound`), and most
+meshes end there. Then for each storage the LP relaxation; when it is no better than the best plan so far the candidate is done, when it
+is integral it is the answer, otherwise HiGHS branches. Host memory is taken only where it saves a hundredth of the step: its copies must
+come in time for the planned memory to hold, and nothing else here depends on timing. The same input always gives the same answer:
+candidates come in a fixed order, a later one must be better, and ties inside a program are broken by a tiny cost per strategy.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from math import prod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from seqloom.cost.hardware import Hardware
 from seqloom.errors import UserError
-from seqloom.plan.labels import ATTENTION
-from seqloom.plan.linear import OutOfTime, Solution
+from seqloom.plan.failure import why_nothing_fits
+from seqloom.plan.linear import LinearProgram, OutOfTime, Solution
+from seqloom.plan.memory import Memory, add_bound, add_memory, add_storage
+from seqloom.plan.modes import Counts, in_order
 from seqloom.plan.placement import Layout
 from seqloom.plan.price import Machine
-from seqloom.plan.problem import Problem, build_problem
+from seqloom.plan.problem import Problem, build_problem, chosen_layers, chosen_strategies
 from seqloom.plan.regions import Regions
-from seqloom.plan.space import Axis, parse_force
-from seqloom.plan.storage import ZERO_LEVELS, Storage
+from seqloom.plan.request import Request, candidate_meshes
+from seqloom.plan.space import Axis, Constants
+from seqloom.plan.storage import Storage, storages
 
-MAX_AXES = 2
-GIB = 2.0**30
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked of the planner. `force` is the text of `--force`, `zero` one level only, `recompute` none / all / None to choose."""
-
-    ranks: int
-    dp: int
-    accumulation: int
-    hardware: Hardware
-    itemsize: int
-    force: str | None = None
-    zero: int | None = None
-    recompute: bool | None = None
-    time_limit_s: float = 20.0
-
-    @property
-    def budget_bytes(self) -> float:
-        """Memory that a plan may use on one device."""
-        return self.hardware.usable_bytes
+BETTER = 1e-9  # seconds by which a later candidate must win, beside the gap
+OFFLOAD_GAIN = 0.01  # share of a step that host memory must save: copies that come late cost memory that was not planned
 
 
 @dataclass(frozen=True)
 class Decisions:
     """All choices as plain data, independent of sizes: they can be laid over a shrunken model of the same structure.
 
-    `splits[region][cluster]` names the split class per axis; `recompute[region][segment]`; `slots` are the layouts at block borders and
-    of the graph's inputs.
+    `splits[region][cluster]` names the split class per axis, `constants[region][cluster]` the constants chosen; `modes[region][segment]`
+    the modes in layer order with their numbers of layers; `slots` are the layouts at block borders and of the graph's inputs.
     """
 
     axes: tuple[Axis, ...]
     dp: int
     storage: Storage
     splits: Mapping[str, tuple[tuple[str, ...], ...]]
-    recompute: Mapping[str, tuple[bool, ...]]
+    constants: Mapping[str, tuple[Constants, ...]]
+    modes: Mapping[str, tuple[Counts, ...]]
     slots: Mapping[str, Layout]
 
 
 @dataclass(frozen=True)
+class Alternative:
+    """A mesh that was tried: the bound on its seconds a micro-batch (None: nothing divides or fits), and its best plan where one was
+    found. `reason` says in a clause why it was not chosen; empty for the chosen one.
+    """
+
+    axes: tuple[Axis, ...]
+    storage: Storage | None
+    seconds: float | None
+    exact: bool
+    reason: str
+
+
+@dataclass(frozen=True)
 class SolverReport:
-    """How the answer was found: `status`, relative `gap` to the proven bound, seconds, variables and programs solved."""
+    """How the answer was found: `status`, relative `gap` to the proven bound, seconds, variables and programs solved, and what else was
+    tried.
+    """
 
     status: str
     gap: float
     seconds: float
     variables: int
     programs: int
+    alternatives: tuple[Alternative, ...] = ()
+
+
+@dataclass
+class Search:
+    """The best plans so far, without and with host memory, and what was tried."""
+
+    request: Request
+    best: dict[bool, tuple[float, Decisions, Solution]] = field(default_factory=dict)
+    variables: int = 0
+    programs: int = 0
+    unsolved: int = 0
+    tried: dict[bool, list[Alternative]] = field(default_factory=lambda: {False: [], True: []})
+
+    def limit(self, offload: bool) -> float:
+        """Seconds that the next candidate must beat: the best so far by the gap, a plan without host memory by `OFFLOAD_GAIN`."""
+        limits = [float("inf")]
+        if offload in self.best:
+            limits.append(self.best[offload][0] * (1 - self.request.gap) - BETTER)
+        if offload and False in self.best:
+            limits.append(self.best[False][0] * (1 - OFFLOAD_GAIN))
+        return min(limits)
 
 
 def solve(regions: Regions, request: Request) -> tuple[Decisions, SolverReport]:
     """The fastest decisions that fit. Raises `UserError` when none does, with what binds."""
     started = time.monotonic()
-    best: tuple[float, Decisions, Solution] | None = None
-    variables = programs = unsolved = 0
+    search = Search(request)
     for axes in candidate_meshes(request):
-        for zero in ZERO_LEVELS if request.zero is None else (request.zero,):
-            problem = _problem(regions, request, axes, zero, request.budget_bytes)
-            if not problem.feasible:
-                continue
-            programs += 1
-            variables = max(variables, len(problem.program.costs))
-            try:
-                solution = _solve_one(problem, best[0] if best else float("inf"), request.time_limit_s)
-            except OutOfTime:
-                unsolved += 1
-                continue
-            if solution is not None and (best is None or solution.objective < best[0] - 1e-9):
-                best = (solution.objective, _decisions(problem, solution), solution)
-    if best is None and unsolved:
+        _try_mesh(search, regions, axes)
+    if not search.best and search.unsolved:
         raise UserError(
-            f"no plan was found: {unsolved} of {programs} searches met the limit of {request.time_limit_s:g} s without one; narrow the "
-            f"search with --force (such as --force sp{request.ranks}) or --zero"
+            f"no plan was found: {search.unsolved} of {search.programs} searches met the limit of {request.time_limit_s:g} s without one; "
+            f"narrow the search with --force (such as --force sp{request.ranks}) or --zero"
         )
-    if best is None:
-        raise UserError(_why_nothing_fits(regions, request))
-    status = best[2].status if not unsolved else f"{best[2].status}; {unsolved} searches out of time"
-    report = SolverReport(status, best[2].gap, time.monotonic() - started, variables, programs)
-    return best[1], report
+    if not search.best:
+        raise UserError(why_nothing_fits(regions, request))
+    plain, offloaded = search.best.get(False), search.best.get(True)
+    takes_host = plain is None or (offloaded is not None and offloaded[0] <= plain[0] * (1 - OFFLOAD_GAIN))
+    seconds, decisions, solution = search.best[takes_host]
+    status = solution.status if not search.unsolved else f"{solution.status}; {search.unsolved} searches out of time"
+    elapsed, tried = time.monotonic() - started, _alternatives(search.tried[takes_host], decisions, seconds)
+    return decisions, SolverReport(status, solution.gap, elapsed, search.variables, search.programs, tried)
 
 
-def candidate_meshes(request: Request) -> Iterator[tuple[Axis, ...]]:
-    """Meshes to try. `sum` axes come before `split` ones: storage sharding goes around tensor parallelism (FSDP2's order)."""
-    if request.force:
-        parts = parse_force(request.force)
-        if prod(size for _, size in parts) != request.ranks:
-            raise UserError(
-                f"--force {request.force} makes {prod(n for _, n in parts)} ranks and plan_ngpus is {request.ranks}: make them equal"
-            )
-        ordered = sorted(parts, key=lambda part: part[0].startswith("tp"))
-        yield tuple(Axis(size, "split" if kind.startswith("tp") else "sum", kind) for kind, size in ordered if size > 1)
+def _try_mesh(search: Search, regions: Regions, axes: tuple[Axis, ...]) -> None:
+    """Every storage of one mesh that could beat the best plan so far."""
+    request = search.request
+    problem = build_problem(regions, Machine(request.hardware, axes, request.dp), request)
+    if not problem.feasible:
+        for tried in search.tried.values():
+            tried.append(Alternative(axes, None, None, False, "its sizes do not divide the model"))
         return
-    for sizes in _factorizations(request.ranks):
-        for splits in range(len(sizes) + 1):
-            roles = ["sum"] * (len(sizes) - splits) + ["split"] * splits
-            yield tuple(Axis(size, role) for size, role in zip(sizes, roles, strict=True))
+    memory = add_memory(problem, request.budget_bytes)
+    for offload in (False, True) if request.offload else (False,):
+        search.tried[offload].append(_try_storages(search, memory, offload))
 
 
-def _factorizations(ranks: int) -> Iterator[tuple[int, ...]]:
-    if ranks == 1:
-        yield ()
-        return
-    yield (ranks,)
-    if MAX_AXES >= 2:
-        yield from ((ranks // inner, inner) for inner in range(2, ranks // 2 + 1) if ranks % inner == 0)
+def _try_storages(search: Search, memory: Memory, offload: bool) -> Alternative:
+    """The best plan of one mesh, or a bound on it where that is no better than the best so far."""
+    problem, request = memory.problem, search.request
+    choices = storages(problem.machine, request.itemsize, request.accumulation, request.zero)
+    bound = _solve_one(search, _host(problem, add_bound(memory, choices), offload), relaxed=True)
+    if bound is None:
+        return Alternative(problem.machine.axes, None, None, False, "it does not fit in memory")
+    found = Alternative(problem.machine.axes, None, bound.objective, False, "")
+    for storage in choices:
+        if bound.objective >= search.limit(offload):
+            break
+        solution = _try_storage(search, _host(problem, add_storage(memory, storage), offload), search.limit(offload))
+        if solution is not None and solution.objective < search.limit(offload):
+            found = replace(found, storage=storage, seconds=solution.objective, exact=True)
+            search.best[offload] = (solution.objective, _decisions(problem, storage, solution), solution)
+    return found
 
 
-def _problem(regions: Regions, request: Request, axes: Sequence[Axis], zero: int, budget: float) -> Problem:
-    machine = Machine(request.hardware, tuple(axes), request.dp)
-    storage = Storage(zero, request.itemsize, request.accumulation)
-    return build_problem(regions, machine, storage, budget, request.recompute)
+def _host(problem: Problem, program: LinearProgram, offload: bool) -> LinearProgram:
+    """The program with or without host memory."""
+    if not offload:
+        for modes in problem.layers.values():
+            for mode, column in modes.items():
+                if mode.kind == "offload":
+                    program.upper[column] = 0.0
+    return program
 
 
-def _solve_one(problem: Problem, incumbent: float, time_limit: float) -> Solution | None:
-    relaxed = problem.program.solve(relaxed=True, time_limit=time_limit)
-    if relaxed is None or relaxed.objective >= incumbent:
+def _try_storage(search: Search, program: LinearProgram, limit: float) -> Solution | None:
+    """The best plan with one storage; None where nothing fits or nothing can beat the limit."""
+    relaxed = _solve_one(search, program, relaxed=True)
+    if relaxed is None or relaxed.objective >= limit:
         return None
-    if problem.program.integral(relaxed):
+    if program.integral(relaxed):
         return replace(relaxed, bound=relaxed.objective, gap=0.0)
-    return problem.program.solve(relaxed=False, time_limit=time_limit)
+    return _solve_one(search, program, relaxed=False)
 
 
-def _decisions(problem: Problem, solution: Solution) -> Decisions:
-    chosen = {column for column in problem.choices if solution.values[column] > 0.5}
-    splits: dict[str, list[tuple[str, ...]]] = {key: [()] * len(r.parts) for key, r in problem.regions.parts.items()}
-    for column in sorted(chosen):
-        choice = problem.choices[column]
-        splits[choice.region][choice.part] = choice.strategy.splits
-    recompute = {key: [False] * len(r.segments) for key, r in problem.regions.parts.items()}
-    for (key, segment), column in problem.recompute.items():
-        recompute[key][segment] = bool(solution.values[column] > 0.5)
-    slots = {slot: next(layout for layout, (c,) in ends.items() if solution.values[c] > 0.5) for slot, ends in problem.slots.items()}
+def _solve_one(search: Search, program: LinearProgram, *, relaxed: bool) -> Solution | None:
+    search.programs += 1
+    search.variables = max(search.variables, len(program.costs))
+    try:
+        return program.solve(relaxed=relaxed, time_limit=search.request.time_limit_s, gap=search.request.gap)
+    except OutOfTime:
+        search.unsolved += 1
+        return None
+
+
+def _alternatives(candidates: Sequence[Alternative], chosen: Decisions, best: float) -> tuple[Alternative, ...]:
+    """What was tried, each but the chosen mesh with the reason why not."""
+    found = []
+    for tried in candidates:
+        if tried.axes != chosen.axes and tried.seconds is not None:
+            slower = tried.seconds / best - 1
+            words = f"{'' if tried.exact else 'at least '}{slower:.1%} slower" if slower > 5e-4 else "no faster"
+            tried = replace(tried, reason=words)
+        found.append(tried)
+    return tuple(found)
+
+
+def _decisions(problem: Problem, storage: Storage, solution: Solution) -> Decisions:
+    values: Sequence[float] = solution.values
+    strategies, layers = chosen_strategies(problem, values), chosen_layers(problem, values)
+    parts = problem.regions.parts
+    slots = {slot: next(layout for layout, (c,) in ends.items() if values[c] > 0.5) for slot, ends in problem.slots.items()}
     return Decisions(
         problem.machine.axes,
         problem.machine.dp,
-        problem.storage,
-        {key: tuple(parts) for key, parts in splits.items()},
-        {key: tuple(parts) for key, parts in recompute.items()},
+        storage,
+        {key: tuple(strategies[key, i].splits for i in range(len(region.parts))) for key, region in parts.items()},
+        {key: tuple(strategies[key, i].constants for i in range(len(region.parts))) for key, region in parts.items()},
+        {key: tuple(in_order(layers[key, i]) for i in range(len(region.segments))) for key, region in parts.items()},
         slots,
     )
-
-
-def _why_nothing_fits(regions: Regions, request: Request) -> str:
-    """The sentence for a request without a plan: what is missing, by how much, and the nearest change that fits."""
-    least = _least_memory(regions, request)
-    if least is None:
-        return _why_nothing_divides(regions, request)
-    more = _ranks_that_fit(regions, request)
-    cure = f"use --plan_ngpus {more}" if more else "use devices with more memory or a shorter --seq_len"
-    budget = request.budget_bytes
-    return (
-        f"no plan fits: the leanest one needs {least / GIB:.1f} GiB a device and {request.hardware.name} leaves {budget / GIB:.1f} "
-        f"GiB after its margin, {(least - budget) / GIB:.1f} GiB short; {cure}, or raise --memory_gib if the device has more"
-    )
-
-
-def _why_nothing_divides(regions: Regions, request: Request) -> str:
-    """The sentence for a mesh whose sizes do not cut the model into equal pieces."""
-    graph = regions.graph
-    batch, seq_len = graph.values[graph.inputs[0]].shape
-    sizes = f"sequence length {seq_len}, batch {batch}"
-    for part in regions.parts.values():
-        for node in (node for cluster in part.parts for node in cluster.nodes if node.op == ATTENTION):
-            query, key = (part.graph.values[name].shape[1] for name in node.inputs[:2])
-            sizes = f"sequence length {seq_len}, batch {batch}, {query} query heads, {key} key/value heads"
-    asked = f" with --force {request.force}" if request.force else ""
-    return (
-        f"no way to split this model over {request.ranks} ranks{asked}: what is split must divide by the size of its mesh axis, and "
-        f"there are {sizes}; change --seq_len, --micro_batch_size or --plan_ngpus so that they divide"
-    )
-
-
-def _least_memory(regions: Regions, request: Request) -> float | None:
-    """Smallest peak of any plan, found by bisection on the budget to within 1%; None when nothing can be split at all."""
-    problems = [(axes, zero) for axes in candidate_meshes(request) for zero in ((3,) if request.zero is None else (request.zero,))]
-
-    def fits(budget: float) -> bool:
-        for axes, zero in problems:
-            problem = _problem(regions, request, axes, zero, budget)
-            if problem.feasible and problem.program.solve(relaxed=True, time_limit=request.time_limit_s) is not None:
-                return True
-        return False
-
-    low, high = request.budget_bytes, 1024 * max(request.budget_bytes, GIB)
-    if not fits(high):
-        return None
-    while high / low > 1.01:
-        middle = (low * high) ** 0.5
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    return high
-
-
-def _ranks_that_fit(regions: Regions, request: Request) -> int | None:
-    """The next power-of-two multiple of ranks (up to 64 times) for which a plan fits."""
-    if request.force:
-        return None
-    reach = request.hardware.links[-1].ranks_per_group
-    for factor in (2, 4, 8, 16, 32, 64):
-        ranks = request.ranks * factor
-        if ranks * request.dp > reach:
-            return None
-        bigger = replace(request, ranks=ranks)
-        for axes in candidate_meshes(bigger):
-            problem = _problem(regions, bigger, axes, 3, request.budget_bytes)
-            if problem.feasible and problem.program.solve(relaxed=True, time_limit=request.time_limit_s) is not None:
-                return ranks
-    return None

@@ -13,19 +13,21 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from seqloom.errors import UserError
 from seqloom.graph import Graph
+from seqloom.ops.registry import choices_of, resolve
 from seqloom.plan.clusters import Cluster, DimClass
-from seqloom.plan.labels import Labels
+from seqloom.plan.labels import ATTENTION, Labels
 from seqloom.plan.placement import B, Layout, P, Placement, R, S, divides
 
 Role = Literal["sum", "split"]
 # Arithmetic on weights alone (Gemma's `1 + weight`): whole on every rank, each rank's use adds to the gradient.
 WHOLE = DimClass("whole", (), {})
-FORCES = ("dp", "sp", "tp", "tp_plain", "tp_sp")
+Constants = tuple[tuple[str, Any], ...]  # arguments of a registered function by name
+FORCES = ("dp", "sp", "cp", "tp", "tp_plain", "tp_sp")
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,13 @@ class Axis:
 
 @dataclass(frozen=True)
 class Strategy:
-    """One way to run a cluster: per axis the name of the class that is split, "" for none; the layout of every value of the cluster."""
+    """One way to run a cluster: per axis the name of the class that is split, "" for none; the layout of every value of the cluster;
+    constant arguments that differ from the captured ones.
+    """
 
     splits: tuple[str, ...]
     layouts: Mapping[str, Layout]
+    constants: Constants = ()
 
     def label(self) -> str:
         """Short text such as `l/h` (axis by axis), `-` where the work is repeated."""
@@ -67,7 +72,8 @@ def strategies(graph: Graph, cluster: Cluster, labels: Labels, axes: Sequence[Ax
     found = []
     for choice in itertools.product(*per_axis):
         layouts = {name: tuple(_placement(graph, name, option) for option in choice) for name in cluster.values}
-        if all(divides(graph.values[name].shape, layout, sizes) for name, layout in layouts.items()) and _sizes_divide(choice, sizes):
+        even = all(divides(graph.values[name].shape, layout, sizes) for name, layout in layouts.items())
+        if even and _sizes_divide(choice, sizes) and _nests(choice, sizes):
             found.append(Strategy(tuple(option.name if option else "" for option in choice), layouts))
     return found
 
@@ -80,6 +86,40 @@ def _sizes_divide(choice: Sequence[DimClass | None], sizes: Sequence[int]) -> bo
             if any(n % pieces[option.name] for n in option.sizes):
                 return False
     return True
+
+
+def _nests(choice: Sequence[DimClass | None], sizes: Sequence[int]) -> bool:
+    """Whether every class that lies behind others is split only where outer axes have split those down to 1."""
+    pieces: dict[str, int] = {}
+    whole = {option.name: option.sizes for option in choice if option is not None}
+    for option, size in zip(choice, sizes, strict=True):
+        if option is not None:
+            pieces[option.name] = pieces.get(option.name, 1) * size
+            if any(whole.get(name) != (pieces.get(name),) for name in option.after):
+                return False
+    return True
+
+
+def variants(cluster: Cluster, strategy: Strategy) -> Iterator[Strategy]:
+    """A strategy with every combination of the constants that a registered function leaves open (the size of a chunk)."""
+    choices = choices_of(cluster.nodes[0].op) if cluster.heavy else {}
+    for values in itertools.product(*choices.values()):
+        yield replace(strategy, constants=tuple(zip(choices, values, strict=True)))
+
+
+def with_constants(cluster: Cluster, constants: Constants) -> Cluster:
+    """The cluster with constant arguments of its function replaced."""
+    if not constants:
+        return cluster
+    (node,) = cluster.nodes
+    order = list(resolve(node.op).signature.parameters)
+    args, kwargs = list(node.args), dict(node.kwargs)
+    for name, value in constants:
+        if order.index(name) < len(args):
+            args[order.index(name)] = value
+        else:
+            kwargs[name] = value
+    return replace(cluster, nodes=(replace(node, args=tuple(args), kwargs=tuple(kwargs.items())),))
 
 
 def _placement(graph: Graph, name: str, option: DimClass | None) -> Placement:
@@ -110,7 +150,9 @@ def _allowed(graph: Graph, cluster: Cluster, labels: Labels, force: str, option:
     linear = cluster.heavy and any(graph.values[name].kind == "parameter" and len(graph.values[name].shape) == 2 for name in cluster.inputs)
     if force == "dp":
         return kind == "b" if "b" in kinds else kind == ""
-    if force == "sp":
+    if cluster.nodes[0].op == ATTENTION and force in ("sp", "cp"):
+        return kind == "l" if force == "cp" else kind in ("other", "l")
+    if force in ("sp", "cp"):
         if "l" in kinds:
             return kind == "l" if linear or not cluster.heavy and _has_parameter(graph, cluster) else kind != "b"
         return kind in ("other", "l") if kinds - {"b", "l"} else True

@@ -51,15 +51,19 @@ class CompileConfig:
     memory_gib: Annotated[float | None, tyro.conf.arg(aliases=["--gpu_mem_constraint"])] = None
     """Memory of one device in GiB, in place of the hardware's."""
     force: str | None = None
-    """Constrain the search, e.g. dp2, sp2, tp2, tp_sp2, tp_plain2, or several: sp2,tp2."""
-    zero: Literal[0, 1, 3] | None = None
+    """Constrain the search, e.g. dp2, sp2, cp2, tp2, tp_sp2, tp_plain2, or several: sp2,tp2."""
+    zero: Literal[0, 1, 2, 3] | None = None
     """ZeRO level; the planner chooses when not given."""
     recompute: Literal["auto", "none", "all"] = "auto"
     """Recompute segments: as the planner chooses, never, always."""
+    offload: Literal["auto", "none"] = "auto"
+    """Offload activations to host memory: as the planner chooses, never."""
     loss: str = DEFAULT_LOSS
     """Registered operator of the loss head, module:function."""
-    loss_chunk: int = 1024
-    """Tokens of one chunk of the loss head."""
+    loss_chunk: int | None = None
+    """Tokens of one chunk of the loss head; the planner chooses when not given."""
+    attention_kernel: str | None = None
+    """Attention kernel to plan for, one that the hardware has rates of (flash3); what every PyTorch has when not given."""
     output_folder: Path = Path(".seqloom")
     """Where programs are written, each in a folder of its name."""
 

@@ -1,0 +1,354 @@
+"""Memory and storage in the linear program: what is alive where a step needs most, and the traffic that storage adds.
+
+The rule, in bytes on one rank (`budget` at most):
+
+  where the backward of a layer runs     stored + resident + kept + transient
+  at the end of backward                 stored + resident + what its end adds (`seqloom/plan/storage.py`)
+
+`kept` counts every storage that some layer keeps for backward once a layer. `transient` is the largest over all clusters of: parameters
+in flight, the cluster's gradients and temporaries, and what its segment must bring back first. Nothing is counted as brought back where
+the last layers of the segment keep: when the backward reaches a layer that brings back, they have freed as much (two of them where a
+segment is offloaded, because one call is fetched while another is used).
+
+Variables:
+  kept[v, L]       share of the layers that keep value v in layout L                      `_kept_rows`
+  saved[g, v, L]   autograd saves v in L inside segment g                                 `_saved_variables`
+  sent[g, v, L]    share of the layers whose v in L goes to host memory                   `_host_traffic`
+  used[g, m]       some layer of segment g runs mode m                                    `_transient_rows`
+  back[g]          enough last layers of segment g keep                                   `_transient_rows`
+  flight[r]        parameters in flight while the backward of region r runs               `add_storage`
+  transient        as above                                                               `_transient_rows`
+  hidden           seconds of a region's traffic beyond the compute beside it             `_host_traffic`, `add_storage`
+
+Bytes are in shares of the budget, so that the solver's tolerances mean the same for a toy and for 405 billion parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from seqloom.cost.compute import host_seconds
+from seqloom.cost.hardware import Hardware
+from seqloom.plan.linear import LinearProgram, Term
+from seqloom.plan.modes import KEEP, Mode, kept_matmuls
+from seqloom.plan.placement import Layout, local_numel
+from seqloom.plan.price import kept_value, view_root
+from seqloom.plan.problem import Problem, parameter_terms
+from seqloom.plan.regions import OUTER, Region
+from seqloom.plan.storage import Storage, group_cost
+
+MEMORY_TOLERANCE = 1e-5
+"""Share of the budget that is left free: the solver keeps a constraint to about 1e-6, and a plan must never exceed the budget at all."""
+
+Key = tuple[str, Layout]  # a storage: a value in a layout
+Savers = dict[Key, dict[int, list[int]]]  # storage -> cluster -> variables of the choices that save it
+
+
+@dataclass
+class Memory:
+    """A copy of the program of `problem` with the rows of activations, and the columns that `add_storage` completes: `kept` terms of the
+    budget, the transient, parameters in flight by region.
+    """
+
+    problem: Problem
+    program: LinearProgram
+    unit: float
+    transient: int
+    flight: dict[str, int] = field(default_factory=dict)
+    kept: list[Term] = field(default_factory=list)
+
+
+def add_memory(problem: Problem, budget_bytes: float) -> Memory:
+    """What activations need, for every storage alike."""
+    program = problem.program.copy()
+    memory = Memory(problem, program, max(budget_bytes, 1.0), program.variable())
+    for region in problem.regions.parts.values():
+        memory.flight[region.key] = program.variable()
+        roots = view_roots(problem, region)
+        savers = {segment: _savers(problem, region, segment, roots) for segment in _segments(region)}
+        _kept_rows(memory, region, roots, savers)
+        _host_traffic(memory, region, savers)
+        for segment in _segments(region):
+            _transient_rows(memory, region, segment, _brought_back(memory, region, segment, savers[segment]))
+    return memory
+
+
+def _segments(region: Region) -> tuple[int | None, ...]:
+    return tuple(range(len(region.segments))) or (None,)
+
+
+def _parts(region: Region, segment: int | None) -> range:
+    return range(len(region.parts)) if segment is None else range(region.segments[segment].start, region.segments[segment].stop)
+
+
+def _modes(problem: Problem, region: Region, segment: int | None) -> Mapping[Mode, int]:
+    return problem.layers[region.key, segment] if segment is not None else {}
+
+
+def _savers(problem: Problem, region: Region, segment: int | None, roots: Roots) -> Savers:
+    found: Savers = {}
+    for index in _parts(region, segment):
+        for column, choice in problem.of_part(region.key, index):
+            # Several values of a choice may share one storage: count it once.
+            for key in dict.fromkeys(root_of(roots, name, layout) for name, layout in choice.price.saved):
+                found.setdefault(key, {}).setdefault(index, []).append(column)
+    return found
+
+
+def _nbytes(memory: Memory, region: Region, key: Key) -> float:
+    value = kept_value(region.graph, key[0])
+    return local_numel(value.shape, key[1], memory.problem.machine.sizes) * value.dtype.itemsize / memory.unit
+
+
+# --- kept for backward -----------------------------------------------------------------------------------------------------------
+
+
+def _kept_rows(memory: Memory, region: Region, roots: Roots, savers: Mapping[int | None, Savers]) -> None:
+    """kept[v, L] >= the share of layers in which each segment keeps v in L, by keeping, by `selective`, or as an input of its replay."""
+    problem, program = memory.problem, memory.program
+    kept: dict[Key, int] = {}
+    for segment in _segments(region):
+        others = _selective(problem, region, segment)
+        for key, column in _inputs(memory, region, segment, roots).items():
+            others.setdefault(key, []).append((column, -1.0))
+        for key in dict.fromkeys((*savers[segment], *others)):
+            if key not in kept:
+                kept[key] = program.variable(upper=1.0)
+            for columns in savers[segment].get(key, {0: []}).values():
+                own = [(problem.shares[c].get(KEEP, c), -1.0) for c in columns]
+                program.constrain([(kept[key], 1.0), *own, *others.get(key, [])], 0.0)
+    memory.kept += [(column, region.count * _nbytes(memory, region, key)) for key, column in kept.items()]
+
+
+def _selective(problem: Problem, region: Region, segment: int | None) -> dict[Key, list[Term]]:
+    """Matrix products kept by `selective`, with their shares (negative: they stand on the small side of a row)."""
+    found: dict[Key, list[Term]] = {}
+    modes = [mode for mode in _modes(problem, region, segment) if mode.kind == "selective"]
+    for mode in modes:
+        for index in kept_matmuls(region, segment):
+            name = region.parts[index].outputs[0]
+            for column, choice in problem.of_part(region.key, index):
+                found.setdefault((name, choice.strategy.layouts[name]), []).append((problem.shares[column][mode], -1.0))
+    return found
+
+
+def _inputs(memory: Memory, region: Region, segment: int | None, roots: Roots) -> dict[Key, int]:
+    """Inputs of a segment that replays, with a variable for the share of the layers that hold them for it."""
+    problem, program = memory.problem, memory.program
+    found: dict[Key, int] = {}
+    share = problem.share(region, segment, "recompute", "selective")
+    if not share:
+        return found
+    for name in region.segments[segment].inputs:
+        if region.graph.values[name].requires_grad:
+            for layout, columns in problem.sources[region.key, name].items():
+                key = root_of(roots, name, layout)
+                if key not in found:
+                    found[key] = program.variable(upper=1.0)
+                program.constrain([(found[key], 1.0), *((n, -s) for n, s in share), *((c, -1.0) for c in columns)], -1.0)
+    return found
+
+
+# --- host memory -----------------------------------------------------------------------------------------------------------------
+
+
+def _host_traffic(memory: Memory, region: Region, savers: Mapping[int | None, Savers]) -> None:
+    """Seconds of copies to the host beyond the forward, and back beyond the backward, of all calls of the region together.
+
+    A copy takes the device's memory bandwidth while it runs, which kernels then lack: that is paid even where the copy itself is hidden.
+    """
+    problem, program = memory.problem, memory.program
+    copies: list[Term] = []
+    for segment in _segments(region):
+        modes = [mode for mode in _modes(problem, region, segment) if mode.kind == "offload"]
+        for mode in modes:
+            for key, clusters in savers[segment].items():
+                nbytes = _nbytes(memory, region, key) * memory.unit
+                sent = program.variable(region.count * copy_seconds(problem.machine.hardware, nbytes), upper=1.0)
+                for columns in clusters.values():
+                    program.constrain([(sent, 1.0), *((problem.shares[c][mode], -1.0) for c in columns)], 0.0)
+                copies.append((sent, -host_seconds(problem.machine.hardware, nbytes)))
+    if copies:
+        for phase in ("forward_s", "backward_s"):
+            hidden = program.variable(region.count)
+            program.constrain([(hidden, 1.0), *copies, *compute_terms(problem, region, phase)], 0.0)
+
+
+def copy_seconds(hardware: Hardware, nbytes: float) -> float:
+    """Seconds of memory bandwidth that a copy to the host and back takes from the kernels beside it."""
+    return 2 * nbytes / hardware.memory_bandwidth
+
+
+def compute_terms(problem: Problem, region: Region, phase: str) -> Iterator[Term]:
+    """Seconds of compute of one call of a region in forward or backward (with its replays), behind which traffic may hide."""
+    for column, choice in problem.choices.items():
+        if choice.region == region.key:
+            yield column, getattr(choice.price, phase)
+            if phase == "backward_s":
+                yield from (
+                    (z, problem.program.costs[z] / region.count) for z in problem.shares[column].values() if problem.program.costs[z]
+                )
+
+
+# --- transients ------------------------------------------------------------------------------------------------------------------
+
+
+def _brought_back(memory: Memory, region: Region, segment: int | None, savers: Savers) -> dict[Mode, list[Term]]:
+    """Mode -> terms of the bytes that it brings back for one layer of the segment."""
+    problem, program = memory.problem, memory.program
+    modes = [mode for mode in _modes(problem, region, segment) if mode.kind != "keep"]
+    if not modes:
+        return {}
+    inputs = set(region.segments[segment].inputs)
+    products = {region.parts[index].outputs[0] for index in kept_matmuls(region, segment)}
+    back: dict[Mode, list[Term]] = {mode: [] for mode in modes}
+    for key, clusters in savers.items():
+        name, nbytes = key[0], _nbytes(memory, region, key)
+        saved = program.variable(upper=1.0)
+        made = saved
+        for columns in clusters.values():
+            program.constrain([(saved, 1.0), *((c, -1.0) for c in columns)], 0.0)
+        if name in inputs and region.graph.values[name].requires_grad:  # held for the replay already where it came in this layout
+            made = program.variable(upper=1.0)
+            source = problem.sources[region.key, name].get(key[1], [])
+            for columns in clusters.values():
+                program.constrain([(made, 1.0), *((c, -1.0) for c in columns), *((c, 1.0) for c in source)], 0.0)
+        for mode in modes:
+            if mode.kind == "offload":
+                back[mode].append((saved, 2 * nbytes))
+            elif mode.kind == "recompute" or name not in products:
+                back[mode].append((made, nbytes / mode.tiles))
+    return back
+
+
+def _transient_rows(memory: Memory, region: Region, segment: int | None, back: Mapping[Mode, list[Term]]) -> None:
+    """transient >= in flight + working + brought back, for every cluster and every mode that is used and not made up for."""
+    problem, program = memory.problem, memory.program
+    layers = _modes(problem, region, segment)
+    used = {mode: program.variable(binary=True) for mode in layers} if back else {}
+    for mode, column in used.items():
+        program.constrain([(column, 1.0), (layers[mode], -1.0 / region.count)], 0.0)
+    enough = _enough_kept(program, layers, used)
+    for index in _parts(region, segment):
+        mine = problem.of_part(region.key, index)
+        if not mine:
+            continue
+        most = max(choice.price.working_bytes for _, choice in mine) / memory.unit
+        base = [(memory.transient, 1.0), (memory.flight[region.key], -1.0)]
+        if not back:
+            program.constrain([*base, *((c, -choice.price.working_bytes / memory.unit) for c, choice in mine)], 0.0)
+            continue
+        for mode in layers:
+            working = [(c, -choice.price.working_bytes / memory.unit / mode.tiles) for c, choice in mine]
+            returned = back.get(mode, [])
+            limit = most / mode.tiles + sum(entry for _, entry in returned)
+            made_up = [] if mode == KEEP or enough is None else [(enough, limit)]
+            terms = [*base, *working, *((c, -entry) for c, entry in returned), (used[mode], -limit), *made_up]
+            program.constrain(terms, -limit)
+
+
+def _enough_kept(program: LinearProgram, layers: Mapping[Mode, int], used: Mapping[Mode, int]) -> int | None:
+    """back[g]: the last layer keeps, the last two where another one is offloaded."""
+    if KEEP not in used:
+        return None
+    enough = program.variable(binary=True)
+    program.constrain([(layers[KEEP], 1.0), (enough, -1.0)], 0.0)
+    for mode, column in used.items():
+        if mode.kind == "offload":
+            program.constrain([(layers[KEEP], 1.0), (enough, -2.0), (column, -2.0)], -2.0)
+    return enough
+
+
+# --- storage ---------------------------------------------------------------------------------------------------------------------
+
+
+def add_storage(memory: Memory, storage: Storage, leanest: bool = False) -> LinearProgram:
+    """A copy of the program completed for one storage: its time, and the two rows of the budget.
+
+    With `leanest` the objective is the least budget (in units of the one given) instead of time.
+    """
+    return _complete(memory, storage, (storage,), leanest)
+
+
+def add_bound(memory: Memory, choices: Sequence[Storage]) -> LinearProgram:
+    """A copy of the program whose optimum no storage of `choices` can beat: the memory of the first, which is the leanest, and of
+    every traffic the least that any of them has.
+    """
+    return _complete(memory, choices[0], choices, False)
+
+
+def _complete(memory: Memory, storage: Storage, traffic_of: Sequence[Storage], leanest: bool) -> LinearProgram:
+    problem, program = memory.problem, memory.program.copy()
+    total, ending = [*memory.kept, (memory.transient, 1.0)], []
+    for region in problem.regions.parts.values():
+        root = region.key == OUTER
+        slope, latency = _affine(problem, storage, traffic_of, root)
+        traffic: dict[str, list[Term]] = {"forward_s": [], "backward_s": []}
+        flight: list[Term] = []
+        for columns in parameter_terms(problem, region).values():
+            for column, numel in columns:
+                cost = group_cost(numel, problem.machine, storage, root)
+                program.costs[column] += region.count * numel * slope["optimizer_s"]
+                total.append((column, region.count * cost.standing_bytes / memory.unit))
+                ending.append((column, region.count * (cost.standing_bytes + cost.ending_bytes) / memory.unit))
+                flight.append((column, -cost.in_flight_bytes / memory.unit))
+                for phase, terms in traffic.items():
+                    terms.append((column, numel * slope[phase]))
+        program.constrain([(memory.flight[region.key], 1.0), *flight], 0.0)
+        for phase, terms in traffic.items():
+            _hidden(program, problem, region, phase, terms, latency[phase])
+    budget = [(program.variable(), -1.0)] if leanest else []
+    if leanest:
+        program.costs = [0.0] * len(program.costs)
+        program.costs[budget[0][0]] = 1.0
+    for rows in (total, ending):
+        program.constrain([*rows, *budget], high=0.0 if leanest else 1.0 - MEMORY_TOLERANCE)
+    return program
+
+
+def _affine(problem: Problem, storage: Storage, choices: Sequence[Storage], root: bool) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds an element and seconds of latency of a group's traffic, the least over the choices."""
+    some = 2.0**30
+    slope, latency = {}, {}
+    for phase in ("forward_s", "backward_s", "optimizer_s"):
+        none = [getattr(group_cost(0.0, problem.machine, choice, root), phase) for choice in choices]
+        much = [getattr(group_cost(some, problem.machine, choice, root), phase) for choice in choices]
+        latency[phase] = min(none)
+        slope[phase] = min((m - n) / some for m, n in zip(much, none, strict=True))
+    return slope, latency
+
+
+def _hidden(program: LinearProgram, problem: Problem, region: Region, phase: str, traffic: list[Term], latency: float) -> None:
+    """Exposed seconds of a group's collectives: of each call `latency` and the `traffic`, less what overlaps with its compute."""
+    if not traffic or not any(entry for _, entry in traffic):
+        return
+    overlap = problem.machine.hardware.rates.overlap
+    exposed = program.variable(region.count)
+    compute = [(column, overlap * seconds) for column, seconds in compute_terms(problem, region, phase)]
+    program.constrain([(exposed, 1.0), *((c, -entry) for c, entry in traffic), *compute], latency)
+    if overlap < 1:
+        program.constrain([(exposed, 1.0), *((c, -(1 - overlap) * entry) for c, entry in traffic)], (1 - overlap) * latency)
+
+
+Roots = Mapping[Key, Key]
+
+
+def view_roots(problem: Problem, region: Region) -> Roots:
+    """(output, layout) of clusters made of views -> (the value they look into, its layout): one storage."""
+    found: dict[Key, Key] = {}
+    for index, part in enumerate(region.parts):
+        root = view_root(region.graph, part)
+        if root is not None:
+            for _, choice in problem.of_part(region.key, index):
+                layouts = choice.strategy.layouts
+                found.update({(name, layouts[name]): (root, layouts[root]) for name in part.outputs})
+    return found
+
+
+def root_of(roots: Roots, name: str, layout: Layout) -> Key:
+    """The value and layout whose storage a value in a layout shares."""
+    key = (name, layout)
+    while key in roots:
+        key = roots[key]
+    return key
