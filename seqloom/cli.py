@@ -1,4 +1,4 @@
-"""The commands beside training: `python -m seqloom {compile, explain, dryrun, verify, check-op, profile, checkpoint}`.
+"""The commands beside training: `python -m seqloom {compile, explain, dryrun, rehearse, verify, check-op, report, profile, checkpoint}`.
 
 Every command parses its flags, imports the room that does the work, calls it and prints. Nothing heavy is imported before.
 """
@@ -46,7 +46,29 @@ class DryRunArguments:
 
     program: tyro.conf.OmitArgPrefixes[ProgramArguments] = field(default_factory=ProgramArguments)
     rank: int | None = None
-    """This rank only; all of one scale unit when not given."""
+    """This rank only; when not given the ranks of one scale unit, of more than four the first and the last."""
+
+
+@dataclass(frozen=True)
+class RehearseArguments:
+    """Run one rank of a program on one real device with simulated collectives: true speed and memory."""
+
+    program: tyro.conf.OmitArgPrefixes[ProgramArguments] = field(default_factory=ProgramArguments)
+    rank: int | None = None
+    """Which rank; the last of a scale unit when not given."""
+    device: Literal["cuda", "cpu"] | None = None
+    """Where; the GPU when not given, the CPU where there is none."""
+    steps: int = 5
+    """Steps to time, after the warm-up."""
+
+
+@dataclass(frozen=True)
+class ReportArguments:
+    """Write plan.html: the plan as a page, with what dry run, rehearsal and training measured beside it."""
+
+    program: tyro.conf.OmitArgPrefixes[ProgramArguments] = field(default_factory=ProgramArguments)
+    log_dir: Path | None = None
+    """Where training logged; the folder `runs` beside the folder of programs when not given."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +135,25 @@ def dryrun_command(args: Sequence[str], prog: str) -> int:
     folder = config.program.folder
     from seqloom.runtime.dryrun import run
 
-    return run(folder, config.rank)
+    return _with_page(folder, run(folder, config.rank))
+
+
+def rehearse_command(args: Sequence[str], prog: str) -> int:
+    """Time one rank of a program on one real device, with simulated collectives."""
+    config = parse(RehearseArguments, prog, args)
+    folder = config.program.folder
+    from seqloom.runtime.rehearse import run
+
+    return _with_page(folder, run(folder, config.rank, config.device, config.steps))
+
+
+def report_command(args: Sequence[str], prog: str) -> None:
+    """Write a program's page, plan.html, with what was measured since it was compiled."""
+    config = parse(ReportArguments, prog, args)
+    folder = config.program.folder
+    from seqloom.report.plan_page import write_plan_page
+
+    print(f"wrote {write_plan_page(folder, config.log_dir and config.log_dir / config.program.name)}")
 
 
 def verify_command(args: Sequence[str], prog: str) -> int:
@@ -192,6 +232,8 @@ COMMANDS: Mapping[str, Command] = {
     "compile": compile_command,
     "explain": explain_command,
     "dryrun": dryrun_command,
+    "rehearse": rehearse_command,
+    "report": report_command,
     "verify": verify_command,
     "check-op": check_op_command,
     "profile": profile_command,
@@ -218,6 +260,14 @@ def _dispatch(commands: Mapping[str, Command], args: Sequence[str], prog: str, d
         nearest = f"did you mean `{prog} {close[0]}`?" if close else f"there are {', '.join(commands)}"
         raise UserError(f"`{prog}` has no command {args[0]}: {nearest}")
     return commands[name](args[1:], f"{prog} {name}")
+
+
+def _with_page(folder: Path, code: int) -> int:
+    """The exit code of a measurement, after its figures are put on the program's page."""
+    from seqloom.report.plan_page import write_plan_page
+
+    write_plan_page(folder)
+    return code
 
 
 def _pairs(flag: str, texts: Iterable[str]) -> list[tuple[str, str]]:

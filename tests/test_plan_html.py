@@ -24,6 +24,7 @@ from plan_page_samples import (
     write_run,
 )
 
+from seqloom import cli
 from seqloom.errors import UserError
 from seqloom.report.plan_page import write_plan_page
 
@@ -453,3 +454,16 @@ def test_compiling_writes_the_page(tmp_path):
     assert done.returncode == 0, done.stderr
     page = Page((tmp_path / ".seqloom" / "small" / "plan.html").read_text(encoding="utf-8"))
     assert set(COMPILED_SECTIONS) <= set(page.section_ids) and "LlamaForCausalLM at 128 tokens" in page.text
+
+
+@pytest.mark.parametrize(("name", "measure", "title"), [("dryrun", dry_run, "Dry run"), ("rehearse", rehearsal, "Rehearsal")])
+def test_measuring_writes_the_page_again(name, measure, title, tmp_path, monkeypatch):
+    folder = compiled_program(tmp_path / "p")
+
+    def run(where, *_):
+        write(where, {"dryrun": "dryrun.json", "rehearse": "rehearsal.json"}[name], measure(full_plan()))
+        return 3
+
+    monkeypatch.setattr(f"seqloom.runtime.{name}.run", run)
+    assert cli.COMMANDS[name](["--name", "p", "--output_folder", str(tmp_path)], "prog") == 3
+    assert title in Page((folder / "plan.html").read_text(encoding="utf-8")).section("measured").text

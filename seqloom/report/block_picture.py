@@ -37,7 +37,7 @@ class Shape:
 
 
 WIDE = Shape("wide", 960, 104, 404, 588, 884, 25, 39, 25, 86, stacked=False)
-NARROW = Shape("narrow", 328, 46, 60, 60, 328, 48, 29, 36, 44, stacked=True)
+NARROW = Shape("narrow", 328, 46, 60, 60, 322, 48, 29, 36, 44, stacked=True)
 
 
 def block_section(documents: Documents) -> Markup:
@@ -58,7 +58,7 @@ def block_section(documents: Documents) -> Markup:
             "From top to bottom in the order of execution. Arcs are the values that flow; ",
             tag("code", "l@sp"),
             " says that dimension l is split over the mesh axis sp; diamonds are the collectives between two splits. "
-            "Bars are seconds of one call on one rank, dark for forward and light for backward.",
+            "Bars are seconds of one call on one rank, first forward and then backward.",
         ),
         figures,
         id="blocks",
@@ -117,7 +117,7 @@ def _row(row: Row, top: float, y: float, shape: Shape, longest: float) -> Markup
         text(shape.split_x, split_y, split, "mono muted"),
         rect(shape.bar_x, bar_y, max(0.6, forward), bar_height, colours[0]),
         rect(shape.bar_x + forward, bar_y, max(0.4, backward), bar_height, colours[1]),
-        text(shape.width, baseline, cost, "muted", "end"),
+        text(shape.width - 6, baseline, cost, "muted", "end"),
         class_="row",
         data_tip=row.tip,
     )

@@ -76,7 +76,7 @@ def _timeline(points: Sequence[Mapping[str, Any]], colours: Mapping[str, str], l
         stretched(0, _TOP, "100%", _HEIGHT, _areas(points, places, colours, top)),
         _limit(limit, top),
         seconds_axis(end, _TOP + _HEIGHT + 15) if timed else None,
-        _peak_mark(places[peak], totals[peak], top),
+        tag("circle", cx=share(places[peak]), cy=_y(totals[peak], top), r=3.5, class_="limit"),
         _hover(points, places, totals),
     )
     return tag(
@@ -112,13 +112,6 @@ def _areas(points: Sequence[Mapping[str, Any]], places: Sequence[float], colours
         areas.append(path(polygon_path([(x, 1000 - 1000 * value / top) for x, value in outline]), f"area {colour}"))
         below = above
     return areas
-
-
-def _peak_mark(place: float, total: float, top: float) -> Markup:
-    y = _y(total, top)
-    beside = y - 7 if y > _TOP + 16 else y + 14
-    dot = tag("circle", cx=share(place), cy=y, r=3, class_="limit")
-    return join([dot, text(share(place), beside, gib(total), "strong", "end" if place > 0.5 else None, font_size=11)])
 
 
 def _hover(points: Sequence[Mapping[str, Any]], places: Sequence[float], totals: Sequence[float]) -> list[Markup]:
