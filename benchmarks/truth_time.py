@@ -7,6 +7,7 @@ The machine is profiled on the spot by two processes; every plan is compiled wit
 processes that torchrun starts, one thread each. The steps of the plans take turns, so that other work on the machine meets all of them
 alike; of each plan those steps count in which its processes waited least for a core that other work had, and how long that was is told. A
 plan's time is the median of those; pairs of plans whose medians differ by less than the spread of their steps have no order to predict.
+The last column compares the parts that one rank computes with its processor time, which other work hardly changes.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "truth_time.json"
 RANKS, SEQ_LEN, BATCH = 2, 1024, 2
-STEPS, COUNTED, WARMUP = 10, 5, 2
+STEPS, COUNTED, WARMUP = 8, 5, 2
+COMPUTED = ("forward", "backward", "recompute", "optimizer")
 MODEL = {
     "vocab_size": 4096,
     "hidden_size": 1024,
@@ -120,7 +122,7 @@ def run_plans(folder: Path) -> None:
     device = init_distributed("cpu")
     try:
         steps = {name: training_step(folder, f"plan{index}", options, device) for index, (name, options) in enumerate(PLANS.items())}
-        seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+        seconds: dict[str, list[tuple[float, ...]]] = {name: [] for name in steps}
         for turn in range(WARMUP + STEPS):
             for name, step in steps.items():
                 timed = time_step(step)
@@ -132,21 +134,21 @@ def run_plans(folder: Path) -> None:
         dist.destroy_process_group()
 
 
-def time_step(step: Callable[[], object]) -> tuple[float, float]:
-    """Seconds of a step, and how long the ranks together waited in it for a core that other work had."""
+def time_step(step: Callable[[], object]) -> tuple[float, ...]:
+    """Seconds of a step; seconds that a rank waited in it for a core that other work had, and that it computed, means of the ranks."""
     import torch
     import torch.distributed as dist
 
     from seqloom.cost.measure_clock import waited_seconds
 
     dist.barrier()
-    waited, start = waited_seconds(), time.perf_counter()
+    waited, computed, start = waited_seconds(), time.thread_time(), time.perf_counter()
     step()
     dist.barrier()
     seconds = time.perf_counter() - start
-    total = torch.tensor(waited_seconds() - waited, dtype=torch.float64)
-    dist.all_reduce(total)
-    return seconds, float(total)
+    own = torch.tensor([waited_seconds() - waited, time.thread_time() - computed], dtype=torch.float64)
+    dist.all_reduce(own)
+    return seconds, *(own / RANKS).tolist()
 
 
 def training_step(folder: Path, name: str, options: Mapping[str, Any], device: Any) -> Callable[[], object]:
@@ -179,12 +181,20 @@ def compare(predicted: Mapping[str, Mapping[str, Any]], steps: Mapping[str, Sequ
     plans = {}
     for name, timed in steps.items():
         counted = sorted(timed, key=lambda step: step[1])[:COUNTED]
-        seconds, waited = [step[0] for step in counted], statistics.median(step[1] for step in counted)
+        seconds = [step[0] for step in counted]
+        waited, computed = (statistics.median(step[part] for step in counted) for part in (1, 2))
         median = statistics.median(seconds)
         spread = statistics.median(abs(value - median) for value in seconds)
         ratio = predicted[name]["step_s"] / median
         plans[name] = {"predicted_s": predicted[name]["step_s"], "measured_s": median, "spread_s": spread, "ratio": ratio}
-        plans[name] |= {"waited_s": waited, "parts_s": predicted[name]["parts_s"], "steps_s": seconds}
+        ratio = sum(predicted[name]["parts_s"][part] for part in COMPUTED) / computed
+        plans[name] |= {
+            "compute_ratio": ratio,
+            "waited_s": waited,
+            "computed_s": computed,
+            "parts_s": predicted[name]["parts_s"],
+            "steps_s": seconds,
+        }
     ordered = [pair for pair in itertools.combinations(plans, 2) if tells_apart(plans[pair[0]], plans[pair[1]])]
     wrong = [list(pair) for pair in ordered if not same_order(plans[pair[0]], plans[pair[1]])]
     return {"plans": plans, "pairs": len(ordered), "wrong_pairs": wrong}
@@ -202,10 +212,10 @@ def same_order(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
 
 def table(result: Mapping[str, Any]) -> list[str]:
     """The comparison in lines of text, fastest first."""
-    lines = [f"{'plan':<26} {'predicted':>9} {'measured':>9} {'spread':>7} {'waited':>7} {'ratio':>6}"]
+    lines = [f"{'plan':<26} {'predicted':>9} {'measured':>9} {'spread':>7} {'waited':>7} {'ratio':>6} {'compute':>8}"]
     for name, plan in sorted(result["plans"].items(), key=lambda item: item[1]["measured_s"]):
         figures = f"{plan['predicted_s']:>7.3f} s {plan['measured_s']:>7.3f} s {plan['spread_s']:>5.3f} s {plan['waited_s']:>5.3f} s"
-        lines.append(f"{name:<26} {figures} {plan['ratio']:>6.2f}")
+        lines.append(f"{name:<26} {figures} {plan['ratio']:>6.2f} {plan['compute_ratio']:>8.2f}")
     far = [name for name, plan in result["plans"].items() if not 1 / 1.3 <= plan["ratio"] <= 1.3]
     lines.append(f"ratios beyond 30%: {', '.join(far) or 'none'}")
     wrong = ", ".join(" / ".join(pair) for pair in result["wrong_pairs"])
