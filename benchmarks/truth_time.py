@@ -16,7 +16,6 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -73,7 +72,7 @@ def main() -> None:
     result = compare(predicted, steps)
     print("\n".join(table(result)))
     if args.write:
-        machine = {"cores": os.cpu_count(), "processor": platform.machine(), "load": os.getloadavg()[0], "hardware": hardware}
+        machine = {"cores": os.cpu_count(), "load": os.getloadavg()[0], "hardware": hardware}
         content = {"model": MODEL, "seq_len": SEQ_LEN, "batch": BATCH, "ranks": RANKS, **result, "machine": machine}
         RESULT.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
@@ -178,26 +177,27 @@ def training_step(folder: Path, name: str, options: Mapping[str, Any], device: A
 
 def compare(predicted: Mapping[str, Mapping[str, Any]], steps: Mapping[str, Sequence[Sequence[float]]]) -> dict[str, Any]:
     """Per plan predicted and measured seconds and their ratio; how many pairs of plans come in the predicted order."""
-    plans = {}
-    for name, timed in steps.items():
-        counted = sorted(timed, key=lambda step: step[1])[:COUNTED]
-        seconds = [step[0] for step in counted]
-        waited, computed = (statistics.median(step[part] for step in counted) for part in (1, 2))
-        median = statistics.median(seconds)
-        spread = statistics.median(abs(value - median) for value in seconds)
-        ratio = predicted[name]["step_s"] / median
-        plans[name] = {"predicted_s": predicted[name]["step_s"], "measured_s": median, "spread_s": spread, "ratio": ratio}
-        ratio = sum(predicted[name]["parts_s"][part] for part in COMPUTED) / computed
-        plans[name] |= {
-            "compute_ratio": ratio,
-            "waited_s": waited,
-            "computed_s": computed,
-            "parts_s": predicted[name]["parts_s"],
-            "steps_s": seconds,
-        }
+    plans = {name: compare_plan(predicted[name], timed) for name, timed in steps.items()}
     ordered = [pair for pair in itertools.combinations(plans, 2) if tells_apart(plans[pair[0]], plans[pair[1]])]
     wrong = [list(pair) for pair in ordered if not same_order(plans[pair[0]], plans[pair[1]])]
     return {"plans": plans, "pairs": len(ordered), "wrong_pairs": wrong}
+
+
+def compare_plan(predicted: Mapping[str, Any], timed: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """One plan: medians over the steps that count, of (seconds, seconds waited, seconds computed)."""
+    counted = sorted(timed, key=lambda step: step[1])[:COUNTED]
+    measured, waited, computed = (statistics.median(part) for part in zip(*counted, strict=True))
+    return {
+        "predicted_s": predicted["step_s"],
+        "measured_s": measured,
+        "spread_s": statistics.median(abs(step[0] - measured) for step in counted),
+        "waited_s": waited,
+        "computed_s": computed,
+        "ratio": predicted["step_s"] / measured,
+        "compute_ratio": sum(predicted["parts_s"][part] for part in COMPUTED) / computed,
+        "parts_s": predicted["parts_s"],
+        "steps_s": [step[0] for step in counted],
+    }
 
 
 def tells_apart(one: Mapping[str, float], other: Mapping[str, float]) -> bool:

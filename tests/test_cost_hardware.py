@@ -300,3 +300,23 @@ def test_fused_is_true_or_false(value):
     data = description()
     data["rates"]["fused"] = value
     assert "rates: fused must be true or false" in rejected(data)
+
+
+def test_with_attention_kernel():
+    hardware = parse_hardware(json.dumps(description()), "mine.json").with_attention_kernel("flash3")
+    assert next(iter(hardware.rates.attention)) == "flash3"
+    assert dict(hardware.rates.attention) == dict(load_hardware("h100-80gb").rates.attention)
+    with pytest.raises(UserError, match="no rates for attention kernel `flash9`: it has cudnn"):
+        hardware.with_attention_kernel("flash9")
+
+
+def test_with_attention_kernel_holds_for_every_dtype_that_has_it():
+    data = description()
+    kernels = {"cudnn": {"forward": 0.1, "backward": 0.1}, "flash2": {"forward": 0.3, "backward": 0.2}}
+    data["rates"]["by_dtype"] = {
+        "float16": {"matmul": [[64, 0.5]], "attention": kernels},
+        "float32": {"matmul": [[64, 0.5]], "attention": {"efficient": kernels["cudnn"]}},
+    }
+    hardware = parse_hardware(json.dumps(data), "mine.json").with_attention_kernel("flash2")
+    assert [next(iter(hardware.rates.arithmetic(d).attention)) for d in (torch.bfloat16, torch.float16)] == ["flash2", "flash2"]
+    assert list(hardware.rates.arithmetic(torch.float32).attention) == ["efficient"]

@@ -128,8 +128,11 @@ class Hardware:
         if kernel not in self.rates.attention:
             known = ", ".join(self.rates.attention)
             raise UserError(f"hardware `{self.name}` has no rates for attention kernel `{kernel}`: it has {known}")
-        others = {name: rate for name, rate in self.rates.attention.items() if name != kernel}
-        return dataclasses.replace(self, rates=dataclasses.replace(self.rates, attention={kernel: self.rates.attention[kernel], **others}))
+        by_dtype = {
+            name: dataclasses.replace(rates, attention=_first(kernel, rates.attention)) for name, rates in self.rates.by_dtype.items()
+        }
+        rates = dataclasses.replace(self.rates, attention=_first(kernel, self.rates.attention), by_dtype=by_dtype)
+        return dataclasses.replace(self, rates=rates)
 
     def peak(self, dtype: torch.dtype) -> float:
         """Dense peak FLOPS for `dtype`; `UserError` where the description has none."""
@@ -138,6 +141,11 @@ class Hardware:
             known = ", ".join(self.peak_flops)
             raise UserError(f"hardware `{self.name}` gives no peak_flops for {name} (it has {known}): add it to the hardware file")
         return self.peak_flops[name]
+
+
+def _first(kernel: str, kernels: Mapping[str, AttentionRate]) -> dict[str, AttentionRate]:
+    """The kernels with `kernel` in front, where it is one of them."""
+    return dict(sorted(kernels.items(), key=lambda item: item[0] != kernel))
 
 
 def hardware_names() -> list[str]:
