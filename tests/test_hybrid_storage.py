@@ -53,21 +53,29 @@ def made(folder, job, zero, sharded):
     return program, build_mesh(plan_mesh, dp, "cpu")
 
 
-def _parity(rank, world_size, folder, job, zeros, keep=None):
-    name, _, dp, changes = JOBS[job]
-    axes = ("dp", *changes.get("SUM_GRADS", () if name == "tp" else ("sp",)))
-    for number, (zero, sharded) in enumerate(itertools.product(zeros, subsets(axes) if keep is None else keep)):
+def summing_axes(job):
+    """The axes of a job's mesh that sum gradients and have more than one rank."""
+    name, plan_mesh, dp, changes = JOBS[job]
+    sums = changes.get("SUM_GRADS", () if name == "tp" else ("sp",))
+    return [axis for axis, size in {"dp": dp, **plan_mesh}.items() if size > 1 and axis in ("dp", *sums)]
+
+
+def _parity(rank, world_size, folder, job, zeros, choices):
+    name, _, dp, _ = JOBS[job]
+    for number, (zero, sharded) in enumerate(itertools.product(zeros, choices)):
         program, mesh = made(f"{folder}/{rank}/{number}", job, zero, sharded)
         check_training(program, mesh, dp, name == "tp", 2, 2, f"{job} zero {zero} over {sharded}")
 
 
-@pytest.mark.parametrize("job", [name for name in JOBS if " x dp" not in name or "," not in name])
+@pytest.mark.parametrize("job", [name for name in JOBS if ", tp x dp" not in name and ", sp x dp" not in name])
 def test_any_storage_gives_the_steps_of_the_plain_model(tmp_path, job):
-    run_ranks(_parity, prod(JOBS[job][1].values()) * JOBS[job][2], str(tmp_path), job, (1, 2, 3))
+    world_size = prod(JOBS[job][1].values()) * JOBS[job][2]
+    run_ranks(_parity, world_size, str(tmp_path), job, (2, 3), subsets(summing_axes(job)))
 
 
-def test_a_tied_weight_under_hybrid_storage(tmp_path):
-    run_ranks(_parity, 4, str(tmp_path), "sp x dp, tied", (2, 3))
+def test_zero_1_and_shards_of_one_rank(tmp_path):
+    run_ranks(_parity, 4, str(tmp_path), "sp x dp", (1,), [("dp",), ("sp",)])
+    run_ranks(_parity, 4, str(tmp_path), "sp, tp", (1, 3), [("dp",)])
 
 
 @pytest.mark.parametrize("job", ["sp, tp x dp", "tp, sp x dp"])

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from seqloom.checkpoint.slices import local_tensor
 from seqloom.errors import UserError
+from seqloom.runtime import offload
 from seqloom.runtime.materialize import storage
 from seqloom.runtime.mesh import build_mesh
 from seqloom.runtime.optimizer import build_optimizer, model_and_optimizer_tensors
@@ -88,9 +89,17 @@ def _dry(rank, world_size, folder):
 
     dist.destroy_process_group()
     dist.init_process_group("fake", store=FakeStore(), rank=5, world_size=8)
-    for name, plan_mesh in (("mixed", {"sp": 2, "tp": 2}), ("tp", {"tp": 4}), ("sp", {"sp": 4})):
-        for zero in (0, 1, 2, 3):
-            program = variant(f"{folder}/{name}{zero}", name, ZERO=zero, MESH=plan_mesh)
+    offload.MINIMUM = 0
+    for name, plan_mesh, changes in (
+        ("mixed", {"sp": 2, "tp": 2}, {}),
+        ("mixed", {"sp": 2, "tp": 2}, {"SHARDED": ("sp",)}),
+        ("tp", {"tp": 4}, {}),
+        ("segments", {"sp": 4}, {"SHARDED": ("dp",), "MODES": ("offload", "tiles")}),
+        ("segments", {"sp": 4}, {"MODES": ("selective", "offload")}),
+    ):
+        for zero in (0, 1, 2, 3) if "SHARDED" not in changes else (2, 3):
+            stored = {"SHARDED": ()} if zero == 0 else {}
+            program = variant(f"{folder}/{name}{zero}{len(changes)}", name, ZERO=zero, MESH=plan_mesh, **{**changes, **stored})
             mesh = build_mesh(program.MESH, 2, "cpu")
             model = storage(program, mesh, torch.float32, torch.bfloat16)
             with FakeTensorMode(allow_non_fake_inputs=True):

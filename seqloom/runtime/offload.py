@@ -64,13 +64,13 @@ class _Copy:
     """
 
     def __init__(self, call: _Call, tensor: Tensor) -> None:
+        self.arrived: torch.cuda.Event | None = None
         self.call, self.version = call, tensor._version
         elements = tensor.untyped_storage().nbytes() // tensor.dtype.itemsize
         self.device: Tensor | None = tensor.detach().as_strided((elements,), (1,), 0)
         self.place = tensor.device
         real_gpu = tensor.is_cuda and not isinstance(tensor, FakeTensor)
         self.compute = torch.cuda.current_stream(tensor.device) if real_gpu else None
-        self.arrived: torch.cuda.Event | None = None
         stream = self._side(0)
         with torch.no_grad(), torch.cuda.stream(stream):
             self.host: Tensor | None = to_host(self.device)
