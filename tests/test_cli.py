@@ -41,6 +41,12 @@ def room(monkeypatch):
     return replace
 
 
+@pytest.fixture(autouse=True)
+def pages(room):
+    """The calls that write plan.html."""
+    return room("seqloom.report.plan_page", "write_plan_page", Path("plan.html"))
+
+
 @pytest.fixture
 def program(tmp_path):
     (tmp_path / "programs/tiny").mkdir(parents=True)
@@ -124,18 +130,20 @@ def test_commands_on_a_program(command, room, program, tmp_path, name, module):
         command(name, *program, "--name", "absent")
 
 
-def test_dry_run_of_one_rank(command, room, program, tmp_path):
+def test_dry_run_of_one_rank(command, room, program, pages, tmp_path):
     calls = room("seqloom.runtime.dryrun", "run", 0)
     assert command("dryrun", *program, "--rank", "1") == 0
     assert calls == [((tmp_path / "programs/tiny", 1), {})]
+    assert pages == [((tmp_path / "programs/tiny",), {})]
 
 
-def test_compile_takes_the_flags_of_the_request(command, room, capsys, tmp_path):
+def test_compile_takes_the_flags_of_the_request(command, room, pages, capsys, tmp_path):
     plan = {"step_time_s": 1.5, "peak_memory_gib": {"total": 2.0}, "memory_limit_gib": 9.0, "hardware": "cpu", "repeated": {}}
     calls = room("seqloom.emit.pipeline", "compile_program", types.SimpleNamespace(folder=tmp_path / "x", plan=plan))
     command("compile", "--model_id", "llama3_8b", "--seq-len", "64", "--plan_ngpus", "2", "--runtime_ngpus", "2", "--force", "sp2")
     request = CompileRequest("llama3_8b", 64, plan_ngpus=2, runtime_ngpus=2, force="sp2", grad_accumulation_steps=4)
     assert calls == [((request,), {})]
+    assert pages == [((tmp_path / "x",), {})]
     assert capsys.readouterr().out == f"wrote {tmp_path / 'x'}\npredicted: 1.5 s a step, 2 of 9 GiB a rank, on cpu\n"
 
 
