@@ -123,7 +123,7 @@ def _entering(regions: Regions, outer: PlannedRegion, decisions: Decisions, mach
                 src, dst = outer.layouts[name], decisions.slots[slot_of[node.block, inner]]
                 found = entering.setdefault(name, ())
                 if src != dst and all(reshard.dst != dst for reshard in found):
-                    entering[name] = (*found, _reshard(outer.region, name, src, dst, machine))
+                    entering[name] = (*found, reshard_between(outer.region, name, src, dst, machine))
     return entering
 
 
@@ -173,18 +173,19 @@ def _segment(
         for name in part.inputs:
             wanted = strategy.layouts[name]
             if region.graph.values[name].kind in ("activation", "input") and layouts[name] != wanted and (name, wanted) not in present:
-                reshards.append(_reshard(region, name, layouts[name], wanted, machine))
+                reshards.append(reshard_between(region, name, layouts[name], wanted, machine))
                 present.add((name, wanted))
         clusters.append(PlannedCluster(part, strategy, price(region.graph, part, strategy, machine), tuple(reshards)))
     leaving = [
-        _reshard(region, name, layouts[name], borders[name], machine)
+        reshard_between(region, name, layouts[name], borders[name], machine)
         for name in segment.outputs
         if name in region.graph.outputs and name in borders and layouts[name] != borders[name] and (name, borders[name]) not in present
     ]
     return PlannedSegment(segment, index, tuple(clusters), tuple(leaving), modes)
 
 
-def _reshard(region: Region, name: str, src: Layout, dst: Layout, machine: Machine) -> Reshard:
+def reshard_between(region: Region, name: str, src: Layout, dst: Layout, machine: Machine) -> Reshard:
+    """The cheapest reshard of a value. Raises `PlanMismatch` where there is none."""
     value = region.graph.values[name]
 
     def cost(shape: tuple[int, ...], before: Layout, move: Move) -> float:
