@@ -97,7 +97,8 @@ class Hardware:
     `memory_bytes` is the total that the device reports to a program (below the sold size in GiB: an 80 GB H100 reports 79.1 GiB);
     `allocator_margin` the fraction of it that a plan leaves free for the context, communication buffers and fragmentation.
     `peak_flops` maps dtype names (`bfloat16`) to dense peaks. `links` go from the inner to the outer level. `host_link_bandwidth` is
-    the achieved rate between device and host memory in one direction. `launch_overhead_s` is the least time a kernel takes.
+    the achieved rate between device and host memory in one direction, `host_memory_bytes` what one device may use there (0: nothing is
+    offloaded, as on a CPU, whose memory is the host's). `launch_overhead_s` is the least time a kernel takes.
     `sources` say where the figures come from.
     """
 
@@ -111,6 +112,7 @@ class Hardware:
     links: tuple[Link, ...]
     rates: Rates
     sources: tuple[str, ...]
+    host_memory_bytes: int = 0
 
     @property
     def usable_bytes(self) -> int:
@@ -193,6 +195,7 @@ def parse_hardware(content: str, where: str) -> Hardware:
         links=tuple(_parse_link(link) for link in fields.objects("links", Link)),
         rates=_parse_rates(fields.object("rates", Rates)),
         sources=fields.texts("sources"),
+        host_memory_bytes=int(fields.number("host_memory_bytes", least=0.0)) if fields.has("host_memory_bytes") else 0,
     )
     _check_dtypes(hardware, where)
     _check_links(hardware, where)

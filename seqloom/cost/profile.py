@@ -32,6 +32,7 @@ DTYPES: Mapping[str, tuple[torch.dtype, ...]] = {
     "cuda": (torch.bfloat16, torch.float16, torch.float32),
 }
 """dtypes measured in full; the first one's rates stand for those that are not. The peak of float64 is measured too."""
+HOST_SHARE = 0.8  # of host memory: the rest is for the system, the data and the processes themselves
 MARGIN: Mapping[str, float] = {"cpu": 0.1, "cuda": 0.065}
 ROUNDS = 3
 """Everything is measured in so many rounds, of which the best counts: other work on the machine comes and goes."""
@@ -192,6 +193,7 @@ def describe(device: torch.device, name: str, measured: Measured, levels: Sequen
             overlap=FULL_OVERLAP if device.type == "cuda" else 0.0,
         ),
         sources=_sources(device, levels, base),
+        host_memory_bytes=0 if device.type == "cpu" else int(HOST_SHARE * kernels.memory_bytes(torch.device("cpu"), local_ranks())),
     )
 
 

@@ -63,14 +63,17 @@ def add_memory(problem: Problem, budget_bytes: float) -> Memory:
     """What activations need, for every storage alike."""
     program = problem.program.copy()
     memory = Memory(problem, program, max(budget_bytes, 1.0), program.variable())
+    host: list[Term] = []
     for region in problem.regions.parts.values():
         memory.flight[region.key] = program.variable()
         roots = view_roots(problem, region)
         savers = {segment: _savers(problem, region, segment, roots) for segment in _segments(region)}
         _kept_rows(memory, region, roots, savers)
-        _host_traffic(memory, region, savers)
+        host += _host_traffic(memory, region, savers)
         for segment in _segments(region):
             _transient_rows(memory, region, segment, _brought_back(memory, region, segment, savers[segment]))
+    if host:
+        program.constrain(host, high=1.0)
     return memory
 
 
@@ -153,13 +156,15 @@ def _inputs(memory: Memory, region: Region, segment: int | None, roots: Roots) -
 # --- host memory -----------------------------------------------------------------------------------------------------------------
 
 
-def _host_traffic(memory: Memory, region: Region, savers: Mapping[int | None, Savers]) -> None:
+def _host_traffic(memory: Memory, region: Region, savers: Mapping[int | None, Savers]) -> list[Term]:
     """Seconds of copies to the host beyond the forward, and back beyond the backward, of all calls of the region together.
 
-    A copy takes the device's memory bandwidth while it runs, which kernels then lack: that is paid even where the copy itself is hidden.
+    Returns the terms of what lies in host memory, in shares of what a device may use there. A copy takes the device's memory bandwidth
+    while it runs, which kernels then lack: that is paid even where the copy itself is hidden.
     """
     problem, program = memory.problem, memory.program
     copies: list[Term] = []
+    lying: list[Term] = []
     for segment in _segments(region):
         modes = [mode for mode in _modes(problem, region, segment) if mode.kind == "offload"]
         for mode in modes:
@@ -169,10 +174,12 @@ def _host_traffic(memory: Memory, region: Region, savers: Mapping[int | None, Sa
                 for columns in clusters.values():
                     program.constrain([(sent, 1.0), *((problem.shares[c][mode], -1.0) for c in columns)], 0.0)
                 copies.append((sent, -host_seconds(problem.machine.hardware, nbytes)))
+                lying.append((sent, region.count * nbytes / problem.machine.hardware.host_memory_bytes))
     if copies:
         for phase in ("forward_s", "backward_s"):
             hidden = program.variable(region.count)
             program.constrain([(hidden, 1.0), *copies, *compute_terms(problem, region, phase)], 0.0)
+    return lying
 
 
 def copy_seconds(hardware: Hardware, nbytes: float) -> float:

@@ -118,7 +118,8 @@ def move_seconds(value: Value, before: Layout, move: Move, machine: Machine) -> 
     span = machine.span(move.axes)
     seconds = [0.0, 0.0]
     for backward, kind, nbytes in move_collectives(value, before, move, machine):
-        seconds[backward] += collective_seconds(machine.hardware, kind, nbytes, span) + bandwidth_seconds(machine.hardware, 2.0 * nbytes)
+        copied = (4.0 if kind == "all_to_all" else 2.0) * nbytes  # packed before and unpacked after; the others one of both
+        seconds[backward] += collective_seconds(machine.hardware, kind, nbytes, span) + bandwidth_seconds(machine.hardware, copied)
     if not seconds[0] and not seconds[1] and move.dst.kind == "S":
         local = prod(local_shape(value.shape, before, machine.sizes)) * value.dtype.itemsize
         seconds = [bandwidth_seconds(machine.hardware, local), bandwidth_seconds(machine.hardware, local)]

@@ -136,7 +136,7 @@ class Problem:
 
 def build_problem(regions: Regions, machine: Machine, request: Request) -> Problem:
     """The program of one mesh, for what is asked, without storage and memory."""
-    problem = Problem(regions, machine, request.itemsize, request.recompute, request.offload, request.open_constants)
+    problem = Problem(regions, machine, request.itemsize, request.recompute, request.may_offload, request.open_constants)
     for region in regions.parts.values():
         _mode_variables(problem, region)
         _cluster_variables(problem, region)

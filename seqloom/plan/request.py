@@ -38,6 +38,11 @@ class Request:
     gap: float = 1e-4
 
     @property
+    def may_offload(self) -> bool:
+        """Whether activations may go to host memory, and there is any."""
+        return self.offload and self.hardware.host_memory_bytes > 0
+
+    @property
     def budget_bytes(self) -> float:
         """Memory that a plan may use on one device."""
         return self.hardware.usable_bytes

@@ -7,11 +7,12 @@ that states it. Around it this module enumerates
   meshes      factorizations of the ranks into at most three axes, each axis with a role (`request.candidate_meshes`)
   storages    ZeRO 3 to 0 over subsets of the axes, those left out that another one beats in everything (`storage.storages`)
 
-and keeps the fastest plan that fits. For each mesh a relaxation that no storage can beat is solved first (`memory.add_bound`), and most
-meshes end there. Then for each storage the LP relaxation; when it is no better than the best plan so far the candidate is done, when it
-is integral it is the answer, otherwise HiGHS branches. Host memory is taken only where it saves a hundredth of the step: its copies must
-come in time for the planned memory to hold, and nothing else here depends on timing. The same input always gives the same answer:
-candidates come in a fixed order, a later one must be better, and ties inside a program are broken by a tiny cost per strategy.
+and keeps the fastest plan that fits. For each mesh a relaxation that no storage can beat is solved first (`memory.add_bound`); meshes are
+then tried from the most promising one on, and most end there. Then for each storage the LP relaxation; when it is no better than the best
+plan so far the candidate is done, when it is integral it is the answer, otherwise HiGHS branches. Host memory is taken only where it saves
+a hundredth of the step: its copies must come in time for the planned memory to hold, and nothing else here depends on timing. The same
+input always gives the same answer: candidates come in a fixed order, a later one must be better, and ties inside a program are broken by
+a tiny cost per strategy.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ class Decisions:
 
 @dataclass(frozen=True)
 class Alternative:
-    """A mesh that was tried: the bound on its seconds a micro-batch (None: nothing divides or fits), and its best plan where one was
-    found. `reason` says in a clause why it was not chosen; empty for the chosen one.
+    """A mesh that was tried: a bound on its seconds a micro-batch (None: nothing divides or fits), `exact` for the chosen one with its
+    storage. `reason` says in a clause why it was not chosen.
     """
 
     axes: tuple[Axis, ...]
@@ -106,8 +107,11 @@ def solve(regions: Regions, request: Request) -> tuple[Decisions, SolverReport]:
     """The fastest decisions that fit. Raises `UserError` when none does, with what binds."""
     started = time.monotonic()
     search = Search(request)
-    for axes in candidate_meshes(request):
-        _try_mesh(search, regions, axes)
+    for offload in (False, True) if request.may_offload else (False,):
+        for bound in _bounds(search, regions, offload):
+            if bound.seconds is not None and bound.seconds < search.limit(offload):
+                _try_mesh(search, regions, bound, offload)
+            search.tried[offload].append(bound)
     if not search.best and search.unsolved:
         raise UserError(
             f"no plan was found: {search.unsolved} of {search.programs} searches met the limit of {request.time_limit_s:g} s without one; "
@@ -123,35 +127,43 @@ def solve(regions: Regions, request: Request) -> tuple[Decisions, SolverReport]:
     return decisions, SolverReport(status, solution.gap, elapsed, search.variables, search.programs, tried)
 
 
-def _try_mesh(search: Search, regions: Regions, axes: tuple[Axis, ...]) -> None:
-    """Every storage of one mesh that could beat the best plan so far."""
+def _bounds(search: Search, regions: Regions, offload: bool) -> list[Alternative]:
+    """A bound on every mesh, the most promising one first. With host memory only meshes that memory holds back are looked at."""
+    found = []
+    for axes in candidate_meshes(search.request):
+        problem = _problem(search, regions, axes)
+        free = _solve_one(search, problem.program, relaxed=True) if problem.feasible else None
+        if free is None:
+            found.append(Alternative(axes, None, None, False, "its sizes do not divide the model"))
+        elif free.objective >= search.limit(offload):
+            found.append(Alternative(axes, None, free.objective, False, ""))
+        else:
+            bound = _solve_one(search, _host(problem, add_bound(*_memory(search, problem)), offload), relaxed=True)
+            seconds, reason = (None, "it does not fit in memory") if bound is None else (bound.objective, "")
+            found.append(Alternative(axes, None, seconds, False, reason))
+    return sorted(found, key=lambda tried: float("inf") if tried.seconds is None else tried.seconds)
+
+
+def _problem(search: Search, regions: Regions, axes: tuple[Axis, ...]) -> Problem:
+    return build_problem(regions, Machine(search.request.hardware, axes, search.request.dp), search.request)
+
+
+def _memory(search: Search, problem: Problem) -> tuple[Memory, list[Storage]]:
     request = search.request
-    problem = build_problem(regions, Machine(request.hardware, axes, request.dp), request)
-    if not problem.feasible:
-        for tried in search.tried.values():
-            tried.append(Alternative(axes, None, None, False, "its sizes do not divide the model"))
-        return
-    memory = add_memory(problem, request.budget_bytes)
-    for offload in (False, True) if request.offload else (False,):
-        search.tried[offload].append(_try_storages(search, memory, offload))
-
-
-def _try_storages(search: Search, memory: Memory, offload: bool) -> Alternative:
-    """The best plan of one mesh, or a bound on it where that is no better than the best so far."""
-    problem, request = memory.problem, search.request
     choices = storages(problem.machine, request.itemsize, request.accumulation, request.zero)
-    bound = _solve_one(search, _host(problem, add_bound(memory, choices), offload), relaxed=True)
-    if bound is None:
-        return Alternative(problem.machine.axes, None, None, False, "it does not fit in memory")
-    found = Alternative(problem.machine.axes, None, bound.objective, False, "")
+    return add_memory(problem, request.budget_bytes), choices
+
+
+def _try_mesh(search: Search, regions: Regions, bound: Alternative, offload: bool) -> None:
+    """Every storage of one mesh; what is better than the best plan so far takes its place."""
+    problem = _problem(search, regions, bound.axes)
+    memory, choices = _memory(search, problem)
     for storage in choices:
-        if bound.objective >= search.limit(offload):
-            break
+        if bound.seconds is None or bound.seconds >= search.limit(offload):
+            return
         solution = _try_storage(search, _host(problem, add_storage(memory, storage), offload), search.limit(offload))
         if solution is not None and solution.objective < search.limit(offload):
-            found = replace(found, storage=storage, seconds=solution.objective, exact=True)
             search.best[offload] = (solution.objective, _decisions(problem, storage, solution), solution)
-    return found
 
 
 def _host(problem: Problem, program: LinearProgram, offload: bool) -> LinearProgram:
@@ -188,10 +200,11 @@ def _alternatives(candidates: Sequence[Alternative], chosen: Decisions, best: fl
     """What was tried, each but the chosen mesh with the reason why not."""
     found = []
     for tried in candidates:
-        if tried.axes != chosen.axes and tried.seconds is not None:
+        if tried.axes == chosen.axes:
+            tried = replace(tried, storage=chosen.storage, seconds=best, exact=True)
+        elif tried.seconds is not None:
             slower = tried.seconds / best - 1
-            words = f"{'' if tried.exact else 'at least '}{slower:.1%} slower" if slower > 5e-4 else "no faster"
-            tried = replace(tried, reason=words)
+            tried = replace(tried, reason=f"at least {slower:.1%} slower" if slower > 5e-4 else "no faster")
         found.append(tried)
     return tuple(found)
 

@@ -27,7 +27,7 @@ from seqloom.plan.price import Machine
 
 STATE_BYTES = 12  # fp32 master 4, Adam's moments 8
 FP32 = 4
-OPTIMIZER_TRAFFIC = 28  # bytes an element: AdamW reads master, gradient and moments, writes master and moments
+OPTIMIZER_TRAFFIC = 40  # bytes an element: AdamW reads master, gradient and moments, writes master and moments; norm and clipping
 ENDLESS = 1e15  # bytes beside which the launch of a kernel takes no time: the optimizer updates all parameters in a few
 ZERO_LEVELS = (3, 2, 1, 0)
 
@@ -145,7 +145,13 @@ def _seconds(gathered: float, reduced: float, machine: Machine, storage: Storage
 
 
 def _collective(machine: Machine, kind: CollectiveKind, nbytes: float, axes: tuple[int, ...]) -> float:
-    return collective_seconds(machine.hardware, kind, max(nbytes, 1.0), machine.span(axes))
+    """Seconds of one collective with the copies in and out of its flat buffer (a gather casts its own piece first)."""
+    span = machine.span(axes)
+    if span.size == 1:
+        return 0.0
+    copied = 2 * nbytes * (1 + 1 / span.size) if kind == "all_gather" else 1.5 * nbytes
+    seconds = collective_seconds(machine.hardware, kind, max(nbytes, 1.0), span)
+    return seconds + bandwidth_seconds(machine.hardware, ENDLESS) * copied / ENDLESS
 
 
 def group_wire_bytes(numel: int, machine: Machine, storage: Storage, root: bool) -> dict[CollectiveKind, int]:
