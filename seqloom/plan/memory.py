@@ -119,9 +119,15 @@ def _kept_rows(memory: Memory, region: Region, roots: Roots, savers: Mapping[int
             if key not in kept:
                 kept[key] = program.variable(upper=1.0)
             for columns in savers[segment].get(key, {0: []}).values():
-                own = [(problem.shares[c].get(KEEP, c), -1.0) for c in columns]
+                own = [(share, -1.0) for c in columns if (share := _kept_share(problem, c)) is not None]
                 program.constrain([(kept[key], 1.0), *own, *others.get(key, [])], 0.0)
     memory.kept += [(column, region.count * _nbytes(memory, region, key)) for key, column in kept.items()]
+
+
+def _kept_share(problem: Problem, choice: int) -> int | None:
+    """The variable for the share of layers that keep what a choice saves; None where its segment never keeps."""
+    shares = problem.shares[choice]
+    return shares.get(KEEP) if shares else choice
 
 
 def _selective(problem: Problem, region: Region, segment: int | None) -> dict[Key, list[Term]]:
