@@ -12,6 +12,8 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,26 +26,69 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 MODELS = Path(__file__).resolve().parents[2] / "configs" / "models"
+CONFIG = "config.json"
 HUB_IDS = "_hub_ids"
 WEIGHT_FILES = ("model.safetensors.index.json", "model.safetensors")
+
+
+@dataclass(frozen=True)
+class ConfigSource:
+    """Where the config of a model was found: the `fields` of a file in `configs/models/`, or a folder or hub id that transformers reads.
+
+    `file` is the `config.json` of that folder or of the hub's local cache; None where it must be fetched.
+    """
+
+    model_id: str
+    fields: Mapping[str, Any] | None = None
+    file: Path | None = None
+
+    @property
+    def published(self) -> bool:
+        """Whether the config comes from `configs/models/`."""
+        return self.fields is not None
+
+    def written(self) -> dict[str, Any] | None:
+        """The fields as they are written, where these alone decide the config; None where transformers must look at more, or complains."""
+        if self.fields is not None:
+            return dict(self.fields)
+        try:
+            fields = json.loads(self.file.read_text(encoding="utf-8")) if self.file is not None else None
+        except (OSError, ValueError):
+            return None
+        return fields if isinstance(fields, dict) and "model_type" in fields and "auto_map" not in fields else None
+
+    def resolve(self) -> PretrainedConfig:
+        """The config. Raises UserError for one that cannot be read, or an architecture transformers does not know."""
+        if self.fields is not None:
+            return _from_fields(self.fields)
+        folder = Path(self.model_id).expanduser()
+        return _from_pretrained(folder if self.file == folder / CONFIG else self.model_id, local_only=self.file is not None)
 
 
 def resolve_config(model_id: str) -> PretrainedConfig:
     """The config of a model: a local folder, a name in `configs/models/`, or a hub id, whichever is found first.
 
-    A hub id is looked up in the local cache, then among the hub ids of `configs/models/` (said in the log), then on the hub.
     Raises UserError for a folder without `config.json`, an unknown name, an architecture transformers does not know.
     """
+    return find_config(model_id).resolve()
+
+
+def find_config(model_id: str) -> ConfigSource:
+    """Where the config of a model is: a local folder, a name in `configs/models/`, or a hub id, whichever is found first.
+
+    A hub id is looked up in the local cache, then among the hub ids of `configs/models/` (said in the log), then on the hub.
+    Raises UserError for a folder without `config.json` and for an unknown name.
+    """
     folder = Path(model_id).expanduser()
-    if (folder / "config.json").is_file():
-        return _from_pretrained(folder, local_only=True)
+    if (folder / CONFIG).is_file():
+        return ConfigSource(model_id, file=folder / CONFIG)
     if model_id in architecture_names():
-        return _from_fields(_published(model_id))
+        return ConfigSource(model_id, _published(model_id))
     if folder.is_dir():
         raise UserError(f"the model folder {model_id} has no config.json: point --model_id at a folder written by save_pretrained")
     if not _looks_like_hub_id(model_id):
         raise UserError(f"there is no model {model_id}: it is neither a folder nor a name in configs/models ({_nearest(model_id)})")
-    return _from_hub(model_id)
+    return _on_hub(model_id)
 
 
 def architecture_names() -> tuple[str, ...]:
@@ -87,23 +132,24 @@ def _known_hub_ids() -> dict[str, tuple[str, dict[str, Any]]]:
     return {hub_id: (name, changes) for name in architecture_names() for hub_id, changes in _published(name)[HUB_IDS].items()}
 
 
-def _from_fields(fields: dict[str, Any]) -> PretrainedConfig:
+def _from_fields(fields: Mapping[str, Any]) -> PretrainedConfig:
     from transformers import AutoConfig
 
     return AutoConfig.for_model(**{key: value for key, value in fields.items() if key != HUB_IDS})
 
 
-def _from_hub(hub_id: str) -> PretrainedConfig:
+def _on_hub(hub_id: str) -> ConfigSource:
     from huggingface_hub import try_to_load_from_cache
 
-    if isinstance(try_to_load_from_cache(hub_id, "config.json"), str):
-        return _from_pretrained(hub_id, local_only=True)
+    cached = try_to_load_from_cache(hub_id, CONFIG)
+    if isinstance(cached, str):
+        return ConfigSource(hub_id, file=Path(cached))
     known = _known_hub_ids().get(hub_id)
     if known is None:
-        return _from_pretrained(hub_id, local_only=False)
+        return ConfigSource(hub_id)
     name, changes = known
     logger.warning("%s: using its published config from configs/models/%s.json (nothing is fetched)", hub_id, name)
-    return _from_fields({**_published(name), **changes})
+    return ConfigSource(hub_id, {**_published(name), **changes})
 
 
 def _from_pretrained(source: str | Path, local_only: bool) -> PretrainedConfig:

@@ -18,14 +18,15 @@ from typing import Any
 
 import torch
 
-from seqloom.capture import Captured, capture
+from seqloom.capture import Captured
 from seqloom.capture.architecture import resolve_config
+from seqloom.capture.cache import Cache
+from seqloom.capture.warm import cached_capture, read_config, registered_operators
 from seqloom.cost.hardware import Hardware, load_hardware
 from seqloom.emit import fingerprint as prints
 from seqloom.emit.program import program_source
 from seqloom.emit.request import CompileRequest
 from seqloom.errors import UserError
-from seqloom.graph import Graph
 from seqloom.plan.document import plan_document
 from seqloom.plan.evaluate import GIB, Evaluation, evaluate
 from seqloom.plan.plan import Plan, realize
@@ -36,6 +37,7 @@ from seqloom.plan.solver import solve
 
 DEFAULT_CHUNK = 1024  # tokens of a chunk of the loss until the planner chooses
 PROGRAM, PLAN = "program.py", "plan.json"
+CACHE = ".cache"  # folder beside the programs: what the next compile need not work out again
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -49,11 +51,13 @@ class Compiled:
 
 def compile_program(request: CompileRequest) -> Compiled:
     """Compile and write the program. Raises `UserError` for everything a user can mend; nothing is written then."""
-    config = resolve_config(request.model_id)
     _check_folder(request)
+    cache = Cache(Path(request.output_folder) / CACHE)
+    config = read_config(request.model_id, cache)
     hardware = _hardware(request)
     marks = [time.monotonic()]
-    captured = capture(
+    captured = cached_capture(
+        cache,
         config,
         batch_size=request.micro_batch_size,
         seq_len=request.seq_len,
@@ -71,7 +75,7 @@ def compile_program(request: CompileRequest) -> Compiled:
     marks.append(time.monotonic())
     timings = dict(zip(("capture", "plan", "emit"), (b - a for a, b in zip(marks, marks[1:], strict=False)), strict=True))
     document = plan_document(plan, evaluation, solver, timings)
-    mark = prints.fingerprint(request, config, operators(captured.graph))
+    mark = prints.fingerprint(request, config, registered_operators(captured.graph))
     _write(request.folder, {PROGRAM: source, PLAN: _json(document), prints.FILE: _json(mark)})
     return Compiled(request.folder, document)
 
@@ -94,12 +98,6 @@ def ensure_program(request: CompileRequest, log: Callable[[str], None] = print) 
             f"or give the new program another --name"
         )
     return request.folder
-
-
-def operators(graph: Graph) -> list[str]:
-    """Names of the registered functions that a graph calls."""
-    graphs = [graph, *graph.blocks.values()]
-    return sorted({node.op for part in graphs for node in part.nodes if ":" in node.op and not node.is_block})
 
 
 def summary(request: CompileRequest, captured: Captured, plan: Plan, evaluation: Evaluation) -> str:

@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from seqloom.errors import UserError
-from seqloom.ops.fused import kernel_for, later_attention
 from seqloom.ops.registry import register_op
 
 _CHUNK = 512
@@ -129,6 +128,9 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool
         key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
         grouped = False
     if causal and query_start:
+        # Imported where it runs: it brings the whole of torch.compile along, and a compile needs the annotation of this operator only.
+        from seqloom.ops.fused import kernel_for, later_attention
+
         kernel = kernel_for(query, key)
         if kernel is None:
             return _ChunkedAttention.apply(query, key, value, scale, True, None, None, query_start)
