@@ -19,7 +19,7 @@ from seqloom.plan.liveness import liveness, offloaded_bytes, parameter_numel
 from seqloom.plan.memory import copy_seconds
 from seqloom.plan.modes import kept_matmuls, reached
 from seqloom.plan.placement import Layout, local_numel
-from seqloom.plan.plan import Plan, PlanMismatch, PlannedCluster, PlannedRegion, PlannedSegment, Reshard, reshard_between
+from seqloom.plan.plan import Plan, PlanMismatch, PlannedCluster, PlannedRegion, Reshard, reshard_between
 from seqloom.plan.price import Price, price
 from seqloom.plan.problem import extra_seconds, split_axis_gradients
 from seqloom.plan.regions import OUTER, Region
@@ -226,25 +226,28 @@ class _Board:
 
     def _spread(self, name: str, src: Layout, wants: list[_Want]) -> tuple[float, float] | None:
         """Seconds in which a value gets from its layout to all that are wanted: once a segment each, and again in replays."""
-        replayed: dict[tuple[int, Layout], bool] = {}
+        again_in: dict[tuple[int, Layout], int] = {}
         for want in wants:
             if want.layout != src:
                 key = (want.place, want.layout)
-                replayed[key] = replayed.get(key, False) or self._replays(want)
+                again_in[key] = max(again_in.get(key, 0), self._replays(want))
         seconds = again = 0.0
-        for (place, layout), repeats in replayed.items():
+        for (place, layout), layers in again_in.items():
             reshard = None if self._must_stay(place, name) else self._reshard(name, src, layout)
             if reshard is None:
                 return None
             seconds += self.count * (reshard.forward_s + reshard.backward_s)
-            again += _replaying_layers(self.planned.segments[place]) * reshard.forward_s if repeats else 0.0
+            again += layers * reshard.forward_s
         return seconds, again
 
-    def _replays(self, want: _Want) -> bool:
-        if BORDER in (want.place, want.cluster):
-            return False
-        segment = self.planned.segments[want.place].index
-        return segment is not None and want.cluster in reached(self.region, segment)
+    def _replays(self, want: _Want) -> int:
+        """In how many layers a replay wants the value again: `spill` runs the whole segment, the others as far as something is saved."""
+        segment = self.planned.segments[want.place] if want.place != BORDER else None
+        if segment is None or segment.index is None:
+            return 0
+        needed = want.cluster in reached(self.region, segment.index)
+        kinds = ("spill", "recompute", "selective") if needed else ("spill",)
+        return sum(layers for mode, layers in segment.modes if mode.kind in kinds)
 
     def _must_stay(self, place: int, name: str) -> bool:
         """Whether nothing may be resharded here: inside tiles, and a matrix product that `selective` keeps."""
@@ -283,7 +286,3 @@ class _Board:
         segments[place] = replace(segment, clusters=tuple(clusters))
         outputs = {name: strategy.layouts[name] for name in clusters[position].cluster.outputs}
         return replace(self.planned, segments=tuple(segments), layouts={**self.planned.layouts, **outputs})
-
-
-def _replaying_layers(segment: PlannedSegment) -> int:
-    return sum(layers for mode, layers in segment.modes if mode.kind in ("recompute", "selective"))
