@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from models import FAMILIES
+from torch import Tensor
 
 from seqloom.capture import capture
 from seqloom.capture.architecture import resolve_config
 from seqloom.cost.hardware import GIB, Hardware, load_hardware
 from seqloom.graph import BLOCK, Graph, Node, Ref, Value, verify
+from seqloom.ops import register_op
 from seqloom.ops.rules import bind
 from seqloom.plan.regions import Regions, build_regions
 
@@ -95,7 +99,31 @@ def with_usable_bytes(hardware: Hardware, nbytes: float) -> Hardware:
     return dataclasses.replace(hardware, memory_bytes=int(nbytes), allocator_margin=0.0)
 
 
-def slow_toy(speed: float = 1.0) -> Hardware:
-    """A machine on which operators of a few kilobytes take milliseconds, so that every term of the cost counts."""
-    hardware = scaled(links=3e-7 * speed, latency=0.1, arithmetic=1e-8, bandwidth=1e-7)
-    return dataclasses.replace(hardware, launch_overhead_s=1e-6, memory_bytes=GIB)
+def slow_toy(speed: float = 1.0, host: float = 1.0, overlap: float = 1.0) -> Hardware:
+    """A machine on which operators of a few kilobytes take seconds, so that every term of the cost counts and ties (nanoseconds) do not.
+
+    `speed` of the links and `host` of the copies to host memory are beside the device's; products of 8 run at twice the rate of those of 2.
+    """
+    hardware = scaled(links=3e-10 * speed, latency=100.0, arithmetic=1e-11, bandwidth=1e-10)
+    rates = dataclasses.replace(hardware.rates, matmul=((2, 0.35), (8, 0.7)), overlap=overlap)
+    host_link = hardware.memory_bandwidth * 0.1 * host
+    return dataclasses.replace(
+        hardware, rates=rates, host_link_bandwidth=host_link, launch_overhead_s=1e-3, memory_bytes=GIB, allocator_margin=0.0
+    )
+
+
+def _toy_workspace(sizes: Mapping[str, Any]) -> int:
+    return 8 * min(sizes["chunk"], sizes["b"] * sizes["l"]) * sizes["n"]
+
+
+@register_op(
+    "b l d^, n^ d^ -> b l",
+    flops=lambda sizes: 2 * sizes["b"] * sizes["l"] * sizes["d"] * sizes["n"],
+    saved=("x", "weight"),
+    workspace=_toy_workspace,
+    side=lambda sizes: min(sizes["chunk"], sizes["b"] * sizes["l"], sizes["d"], sizes["n"]),
+    choices={"chunk": (2, 8)},
+)
+def toy_head(x: Tensor, weight: Tensor, chunk: int = 4) -> Tensor:
+    """A head whose chunk is free: `[b, l, d]`, `[n, d]` -> the largest logit of each token, `[b, l]`."""
+    return torch.cat([(rows @ weight.t()).amax(-1) for rows in x.flatten(0, 1).split(chunk)]).view(x.shape[:2])
