@@ -61,6 +61,8 @@ class Cache:
             part.write_text(json.dumps(_sealed(key, content)) + "\n", encoding="utf-8")
             os.replace(part, path)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                part.unlink()
             _log.warning("the %s is not kept for the next compile: %s cannot be written (%s)", kind, path, error.strerror)
             return
         self._prune(kind)
