@@ -54,7 +54,7 @@ def compile_program(request: CompileRequest) -> Compiled:
     _check_folder(request)
     cache = Cache(Path(request.output_folder) / CACHE)
     config = read_config(request.model_id, cache)
-    hardware = _hardware(request)
+    hardware = planned_hardware(request)
     marks = [time.monotonic()]
     captured = cached_capture(
         cache,
@@ -67,7 +67,7 @@ def compile_program(request: CompileRequest) -> Compiled:
     )
     marks.append(time.monotonic())
     regions = build_regions(captured.graph)
-    decisions, solver = solve(regions, _planner_request(request, hardware))
+    decisions, solver = solve(regions, planner_request(request, hardware))
     plan = realize(regions, decisions, Machine(hardware, decisions.axes, request.dp))
     evaluation = evaluate(plan)
     marks.append(time.monotonic())
@@ -114,14 +114,16 @@ def summary(request: CompileRequest, captured: Captured, plan: Plan, evaluation:
     )
 
 
-def _hardware(request: CompileRequest) -> Hardware:
+def planned_hardware(request: CompileRequest) -> Hardware:
+    """The machine that a request plans for. Raises `UserError` where it is not described."""
     hardware = load_hardware(request.hardware)
     if request.attention_kernel is not None:
         hardware = hardware.with_attention_kernel(request.attention_kernel)
     return hardware if request.memory_gib is None else hardware.with_memory_gib(request.memory_gib)
 
 
-def _planner_request(request: CompileRequest, hardware: Hardware) -> Request:
+def planner_request(request: CompileRequest, hardware: Hardware) -> Request:
+    """What a request asks of the planner."""
     return Request(
         ranks=request.plan_ngpus,
         dp=request.dp,
