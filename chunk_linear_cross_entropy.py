@@ -30,9 +30,9 @@ def _flops(sizes: Mapping[str, Any]) -> int:
 
 
 def _workspace(sizes: Mapping[str, Any]) -> int:
-    """Logits of one chunk in half and full precision, their softmax, and the gradient of the weight while it adds up in fp32."""
+    """The gradient of the weight adds up in fp32 beside the logits of one chunk in fp32 and their gradient; then it is cast."""
     rows = min(sizes["chunk_size"], sizes["b"] * sizes["l"])
-    return 10 * rows * sizes["n"] + 6 * sizes["n"] * sizes["d"]
+    return max(8 * rows * sizes["n"] + 4 * sizes["n"] * sizes["d"], 2 * rows * sizes["n"] + 6 * sizes["n"] * sizes["d"])
 
 
 def _side(sizes: Mapping[str, Any]) -> int:

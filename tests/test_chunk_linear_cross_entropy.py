@@ -141,8 +141,8 @@ def test_workspace_hint():
     """Ten bytes per logit of a chunk, and the weight gradient in fp32 beside its product in half precision."""
     name = "chunk_linear_cross_entropy:chunk_linear_cross_entropy"
     args, sizes = (Ref("h"), Ref("w"), Ref("y")), {"b": 1, "l": 200, "d": 4, "n": 500}
-    assert workspace_bytes(name, args, {"padding_idx": PAD, "chunk_size": 16}, sizes) == 10 * 16 * 500 + 6 * 500 * 4
-    assert workspace_bytes(name, args, {"padding_idx": PAD}, sizes) == 10 * 200 * 500 + 6 * 500 * 4
+    assert workspace_bytes(name, args, {"padding_idx": PAD, "chunk_size": 16}, sizes) == 8 * 16 * 500 + 4 * 500 * 4
+    assert workspace_bytes(name, args, {"padding_idx": PAD}, sizes) == 8 * 200 * 500 + 4 * 500 * 4
     assert workspace_bytes("aten.add.Tensor", args, {}, sizes) == 0
 
 
@@ -213,7 +213,7 @@ def test_the_chunk_is_the_planners_to_choose():
     assert matmul_side(name, args, {"padding_idx": PAD}, {**sizes, "n": 300}) == 300
     needed = [workspace_bytes(name, args, k, sizes) for k in kwargs]
     assert needed == sorted(set(needed))
-    assert needed[1] - needed[0] == 10 * 512 * 128256
+    assert needed[1] - needed[0] == 2 * 512 * 128256  # there the gradient of the weight is the larger part
 
 
 def test_every_choice_computes_the_same():

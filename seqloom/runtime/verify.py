@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import tempfile
 from datetime import timedelta
@@ -20,6 +21,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from safetensors.torch import load_file, save_file
 
+import seqloom.runtime.offload
 from seqloom.capture import capture
 from seqloom.cost.hardware import load_hardware
 from seqloom.emit import fingerprint as prints
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 TOLERANCE = 1e-9
+SHORT = 16  # tokens a rank: a tile of the sequence holds at least one
 TIMEOUT = timedelta(minutes=5)
 
 
@@ -87,13 +90,13 @@ def verify_decisions(config: PretrainedConfig, decisions: Decisions, *, batch: i
     disable_progress_bar()
     plan_ranks = prod(axis.size for axis in decisions.axes)
     small = shrink(config, plan_ranks)
-    batches = [random_batches(small, batch, 8 * max(plan_ranks, 4), accumulation, seed) for seed in range(units)]
+    batches = [random_batches(small, batch, SHORT * max(plan_ranks, 4), accumulation, seed) for seed in range(units)]
     with tempfile.TemporaryDirectory(prefix="seqloom-verify-") as place:
         folder, weights, result = Path(place) / "program", Path(place) / "weights", Path(place) / "result.safetensors"
         folder.mkdir()
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(small, dtype=torch.float64).save_pretrained(weights)
-        write_program(small, decisions, folder, batch=batch, seq_len=8 * max(plan_ranks, 4), loss=loss)
+        write_program(small, decisions, folder, batch=batch, seq_len=SHORT * max(plan_ranks, 4), loss=loss)
         job = (units * plan_ranks, str(Path(place) / "store"), folder, small, weights, batches, result)
         torch.multiprocessing.spawn(_rank, job, nprocs=units * plan_ranks)
         found = load_file(result)
@@ -116,10 +119,13 @@ def write_program(config: PretrainedConfig, decisions: Decisions, folder: Path, 
 def _rank(rank: int, world: int, store: str, folder: Path, config: PretrainedConfig, weights: Path, batches: list, result: Path) -> None:
     """One process of the job: run the program and let rank 0 leave the result."""
     torch.set_num_threads(1)
+    seqloom.runtime.offload.MINIMUM = 1  # here everything that is offloaded is small
     logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # gathering a gradient takes two steps here: it says so each time
     sys.path.insert(0, str(Path.cwd()))
     dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=TIMEOUT)
     loss, gradients = program_gradients(folder, config, weights, batches)
     if rank == 0:
         save_file({"loss": torch.tensor(loss, dtype=torch.float64), **{n: g.contiguous() for n, g in gradients.items()}}, result)
-    dist.destroy_process_group()
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # the threads of a process group that is being destroyed may end a process by a signal
