@@ -6,6 +6,7 @@
 | recompute | `checkpoint(self.mlp, x, use_reentrant=False)` |
 | recompute in tiles | `checkpoint_tiles(self.mlp, x, tiles=4, in_dims=(1,), out_dims=(1,))` |
 | selective | `checkpoint(self.mlp, x, use_reentrant=False, context_fn=keep_matmuls(0, 1))` |
+| spill | `spill(self.mlp, x)`, in tiles as above |
 | offload | `offload(self.mlp, x)` |
 
 Where layers differ, the class is told its layer and remembers which modes are its own: `self.offload_mlp = layer < 4`. In: the plain calls
@@ -27,6 +28,7 @@ IMPORTS = {
     "checkpoint_tiles(": ("seqloom.runtime.tiles", "checkpoint_tiles"),
     "keep_matmuls(": ("seqloom.runtime.selective", "keep_matmuls"),
     "offload(": ("seqloom.runtime.offload", "offload"),
+    "spill(": ("seqloom.runtime.spill", "spill"),
     "axis_rank(": ("seqloom.runtime.mesh", "axis_rank"),
     "axis_group(": ("seqloom.runtime.mesh", "axis_group"),
 }
@@ -53,7 +55,13 @@ def block_title(planned: PlannedRegion) -> str:
     return f"{head}; {', '.join(told)}." if told else f"{head}; everything is kept for backward."
 
 
-_PARTICIPLES = {"keep": "kept", "selective": "recomputed but for its matrix products", "recompute": "recomputed", "offload": "offloaded"}
+_PARTICIPLES = {
+    "keep": "kept",
+    "selective": "recomputed but for its matrix products",
+    "recompute": "recomputed",
+    "spill": "recomputed from the host",
+    "offload": "offloaded",
+}
 
 
 def _told(segment: PlannedSegment) -> str:
@@ -110,9 +118,12 @@ def _call(planned: PlannedRegion, segment: PlannedSegment, mode: Mode, method: s
         return f"self.{method}({arguments})"
     if mode.kind == "offload":
         return f"offload(self.{method}, {arguments})"
-    if mode.tiles > 1:
-        inputs, outputs = tile_dims(planned.region, segment.index) or ((), ())
-        return f"checkpoint_tiles(self.{method}, {arguments}, tiles={mode.tiles}, in_dims={inputs!r}, out_dims={outputs!r})"
+    inputs, outputs = (tile_dims(planned.region, segment.index) if mode.tiles > 1 else None) or ((), ())
+    tiles = f", tiles={mode.tiles}, in_dims={inputs!r}, out_dims={outputs!r}" if mode.tiles > 1 else ""
+    if mode.kind == "spill":
+        return f"spill(self.{method}, {arguments}{tiles})"
+    if tiles:
+        return f"checkpoint_tiles(self.{method}, {arguments}{tiles})"
     kept = f", context_fn=keep_matmuls({', '.join(map(str, _ordinals(planned, segment)))})" if mode.kind == "selective" else ""
     return f"checkpoint(self.{method}, {arguments}, use_reentrant=False{kept})"
 

@@ -6,20 +6,23 @@ Everything but `timings` and `solver.seconds` follows from the input alone and i
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from seqloom.errors import UserError
+from seqloom.plan.binding import binding
 from seqloom.plan.evaluate import GIB, Evaluation
 from seqloom.plan.labels import ATTENTION
 from seqloom.plan.modes import Mode, kept_matmuls
 from seqloom.plan.placement import B, Layout, P, Placement, R, S
 from seqloom.plan.plan import Plan, PlannedRegion, Reshard
 from seqloom.plan.price import DP, flops_of
+from seqloom.plan.runner_up import RunnerUp, runners_up, split_letters
 from seqloom.plan.solver import Alternative, Decisions, SolverReport
 from seqloom.plan.space import Axis
 from seqloom.plan.storage import Storage
+from seqloom.plan.timeline import Timeline, timeline
 
 VERSION = 2
 
@@ -31,6 +34,7 @@ def plan_document(plan: Plan, evaluation: Evaluation, solver: SolverReport, timi
     ranks = _ranks(plan)
     tokens = batch * seq_len * plan.storage.accumulation
     causal, full = _mfu(plan, evaluation, ranks)
+    rivals, lanes = runners_up(plan), timeline(plan)
     return {
         "version": VERSION,
         "mesh": dict(plan.mesh),
@@ -51,11 +55,13 @@ def plan_document(plan: Plan, evaluation: Evaluation, solver: SolverReport, timi
         "flops_per_rank": dict(evaluation.rank_flops),
         "memory_limit_gib": plan.machine.hardware.usable_bytes / GIB,
         "comm_bytes": dict(evaluation.wire_bytes),
-        "blocks": {key or "model": _region_rows(plan, planned) for key, planned in plan.regions.items()},
+        "blocks": {key or "model": _region_rows(plan, planned, rivals) for key, planned in plan.regions.items()},
         "repeated": repeated_work(plan),
         "segments": {key: _segment_rows(planned) for key, planned in plan.regions.items() if key},
+        "binding": binding(plan, evaluation, solver),
         "alternatives": [_alternative_row(tried, plan) for tried in solver.alternatives],
-        "memory_timeline": [{"at": p.at, "gib": {part: b / GIB for part, b in p.parts.items()}} for p in evaluation.points],
+        "timeline": [event._asdict() for event in lanes.events],
+        "memory_timeline": _memory_timeline(evaluation, lanes),
         "solver": {
             "status": solver.status,
             "gap": solver.gap,
@@ -66,6 +72,13 @@ def plan_document(plan: Plan, evaluation: Evaluation, solver: SolverReport, timi
         "timings": dict(timings),
         "decisions": decisions_document(plan.decisions),
     }
+
+
+def _memory_timeline(evaluation: Evaluation, lanes: Timeline) -> list[dict[str, Any]]:
+    return [
+        {"at": point.at, "time_s": lanes.moments[point.at], "gib": {part: count / GIB for part, count in point.parts.items()}}
+        for point in evaluation.points
+    ]
 
 
 def _storage(plan: Plan) -> dict[str, Any]:
@@ -137,17 +150,17 @@ def _parse_placement(word: str) -> Placement:
     return {"R": R, "B": B, "P": P}[word]
 
 
-def _region_rows(plan: Plan, planned: PlannedRegion) -> list[dict[str, Any]]:
-    rows = []
+def _region_rows(plan: Plan, planned: PlannedRegion, rivals: Mapping[tuple[str, int], RunnerUp]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    index = 0
     for segment in planned.segments:
         for cluster in segment.clusters:
             rows += [_reshard_row(reshard) for reshard in cluster.reshards]
-            split = [_split_letter(planned, cluster.strategy.splits, cluster.cluster, axis) for axis in range(len(plan.mesh))]
             rows.append(
                 {
                     "operator": cluster.cluster.name,
                     "ops": [node.op for node in cluster.cluster.nodes],
-                    "strategy": dict(zip(plan.mesh, split, strict=True)),
+                    "strategy": split_letters(plan, planned.region, cluster.cluster, cluster.strategy),
                     "placements": {
                         name: layout_text(cluster.strategy.layouts[name]) for name in (*cluster.cluster.inputs, *cluster.cluster.outputs)
                     },
@@ -155,19 +168,23 @@ def _region_rows(plan: Plan, planned: PlannedRegion) -> list[dict[str, Any]]:
                     "backward_s": cluster.price.backward_s,
                     "constants": dict(cluster.strategy.constants),
                     "segment": segment.segment.name,
+                    "runner_up": _runner_up_row(rivals.get((planned.region.key, index))),
                 }
             )
+            index += 1
         rows += [_reshard_row(reshard) for reshard in segment.leaving]
     return rows
 
 
-def _split_letter(planned: PlannedRegion, splits: Sequence[str], cluster: Any, axis: int) -> str:
-    """The letter of the dimension that a cluster splits on an axis, "whole" where it runs whole."""
-    for option in cluster.classes:
-        if option.name == splits[axis]:
-            letters = [planned.region.labels[name][dim] for name, dim in option.dims.items()]
-            return next((letter for letter in letters if letter in ("b", "l")), letters[-1])
-    return "whole"
+def _runner_up_row(rival: RunnerUp | None) -> dict[str, Any] | None:
+    if rival is None:
+        return None
+    return {
+        "strategy": dict(rival.letters),
+        "extra_s": rival.extra_s,
+        "peak_memory_gib": rival.peak_bytes / GIB,
+        "fits": rival.fits,
+    }
 
 
 def _reshard_row(reshard: Reshard) -> dict[str, Any]:
@@ -183,7 +200,7 @@ def _reshard_row(reshard: Reshard) -> dict[str, Any]:
 def _segment_rows(planned: PlannedRegion) -> dict[str, dict[str, Any]]:
     rows = {}
     for segment in planned.segments:
-        row: dict[str, Any] = dict.fromkeys(("keep", "recompute", "selective", "offload"), 0)
+        row: dict[str, Any] = dict.fromkeys(("keep", "selective", "recompute", "spill", "offload"), 0)
         for mode, layers in segment.modes:
             row[mode.kind] += layers
         row["tiles"] = max(mode.tiles for mode, _ in segment.modes)

@@ -15,7 +15,7 @@ from seqloom.cost.compute import exposed_seconds, host_seconds
 from seqloom.graph import Graph
 from seqloom.plan.liveness import Point, group_of, liveness, offloaded_bytes, parameter_numel
 from seqloom.plan.memory import copy_seconds
-from seqloom.plan.modes import kept_matmuls, reached, replayed
+from seqloom.plan.modes import reached, replays
 from seqloom.plan.placement import local_shape
 from seqloom.plan.plan import Plan, PlannedCluster, PlannedRegion, PlannedSegment, Reshard
 from seqloom.plan.price import backward_flops, flops_of, move_wire_bytes, rank_flops
@@ -97,9 +97,7 @@ def replay_seconds(plan: Plan, planned: PlannedRegion, segment: PlannedSegment) 
     for mode, layers in segment.modes:
         for offset, c in enumerate(segment.clusters):
             seconds += layers * extra_seconds(plan.machine, planned.region, start + offset, c.strategy, c.price, mode)
-            if mode.kind in ("recompute", "selective") and start + offset in reached(planned.region, segment.index):
-                seconds += layers * sum(r.forward_s for r in c.reshards)
-    return seconds
+    return seconds + sum(times * reshard.forward_s for reshard, times in _again(segment, planned))
 
 
 def _rank_flops(plan: Plan) -> dict[str, float]:
@@ -117,10 +115,7 @@ def _rank_flops(plan: Plan) -> dict[str, float]:
 
 def _replays(planned: PlannedRegion, segment: PlannedSegment, offset: int) -> int:
     """In how many layers a cluster is computed again."""
-    if segment.index is None or segment.segment.start + offset not in replayed(planned.region, segment.index):
-        return 0
-    kept = segment.segment.start + offset in kept_matmuls(planned.region, segment.index)
-    return sum(layers for mode, layers in segment.modes if mode.kind == "recompute" or (mode.kind == "selective" and not kept))
+    return sum(layers for mode, layers in segment.modes if replays(planned.region, segment.segment.start + offset, mode))
 
 
 def _wire_bytes(plan: Plan) -> dict[str, int]:
@@ -135,7 +130,7 @@ def _wire_bytes(plan: Plan) -> dict[str, int]:
         add(group_wire_bytes(parameter_numel(plan, planned), plan.machine, plan.storage, key == OUTER), planned.region.count)
         for reshard in _reshards(planned):
             add(reshard_wire_bytes(plan, planned.region.graph, reshard), planned.region.count * plan.storage.accumulation)
-        for reshard, times in _again(planned):
+        for reshard, times in (pair for segment in planned.segments for pair in _again(segment, planned)):
             add(reshard_wire_bytes(plan, planned.region.graph, reshard, forward_only=True), times * plan.storage.accumulation)
         add(_split_axis_bytes(plan, planned), planned.region.count * plan.storage.accumulation)
     for reshards in plan.entering.values():
@@ -148,13 +143,16 @@ def _reshards(planned: PlannedRegion) -> list[Reshard]:
     return [r for s in planned.segments for r in (*s.leaving, *(r for c in s.clusters for r in c.reshards))]
 
 
-def _again(planned: PlannedRegion) -> Iterator[tuple[Reshard, int]]:
-    """Reshards that replays repeat, with the number of layers that do."""
-    for segment in planned.segments:
-        times = sum(layers for mode, layers in segment.modes if mode.kind in ("recompute", "selective"))
-        for offset, cluster in enumerate(segment.clusters if times and segment.index is not None else ()):
-            if segment.segment.start + offset in reached(planned.region, segment.index):
-                yield from ((reshard, times) for reshard in cluster.reshards)
+def _again(segment: PlannedSegment, planned: PlannedRegion) -> Iterator[tuple[Reshard, int]]:
+    """Reshards that the replays of a segment repeat, with the number of layers that do."""
+    if segment.index is None:
+        return
+    counts = {kind: sum(layers for mode, layers in segment.modes if mode.kind == kind) for kind in ("recompute", "selective", "spill")}
+    again = reached(planned.region, segment.index)
+    for offset, cluster in enumerate(segment.clusters):
+        times = sum(counts.values()) if segment.segment.start + offset in again else counts["spill"]
+        yield from ((reshard, times) for reshard in cluster.reshards if times)
+    yield from ((reshard, counts["spill"]) for reshard in segment.leaving if counts["spill"])
 
 
 def _split_axis_bytes(plan: Plan, planned: PlannedRegion) -> dict[str, int]:

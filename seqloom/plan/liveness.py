@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-from seqloom.plan.modes import Mode, kept_matmuls, mode_of_layer
+from seqloom.plan.memory import whole_inputs
+from seqloom.plan.modes import HOST, Mode, kept_matmuls, mode_of_layer
 from seqloom.plan.placement import Layout, local_numel, local_shape
 from seqloom.plan.plan import Plan, PlannedRegion, PlannedSegment
 from seqloom.plan.price import kept_value, view_root
@@ -97,7 +98,7 @@ class _Walk:
         for call in self.calls:
             planned = self.plan.regions[call[0]]
             alive += self.kept(call)
-            working = max(cluster.price.working_bytes for cluster in planned.clusters)
+            working = max(_working(segment, mode_of_layer(segment.modes, call[1])) for segment in planned.segments)
             yield self.point(f"forward of {_name(call)}", self.groups[call[0]].flight_gathered_bytes, 0.0, alive, working)
         outer = self.groups[OUTER]
         working = max((c.price.working_bytes for c in self.plan.outer.clusters), default=0)
@@ -154,13 +155,13 @@ def _root(roots: Mapping[Key, Key], key: Key) -> Key:
 
 def _kept(planned: PlannedRegion, modes: tuple[Mode, ...]) -> set[Key]:
     """Storages that one call keeps on the device, each once, under a mode for each segment."""
-    roots, values = _roots(planned), planned.region.graph.values
+    roots = _roots(planned)
     found: set[Key] = set()
     for segment, mode in zip(planned.segments, modes, strict=True):
         if mode.kind == "keep":
             found |= {_root(roots, key) for cluster in segment.clusters for key in cluster.price.saved}
-        elif mode.kind != "offload":
-            found |= {_root(roots, (n, planned.layouts[n])) for n in segment.segment.inputs if values[n].requires_grad}
+        elif mode.kind not in HOST:
+            found |= _held(planned, segment)
         if mode.kind == "selective":
             found |= {(name, planned.layouts[name]) for name in _products(planned, segment)}
     return found
@@ -180,24 +181,37 @@ def saved_keys(planned: PlannedRegion, segment: PlannedSegment) -> set[Key]:
 
 def offloaded_bytes(plan: Plan, planned: PlannedRegion) -> float:
     """Bytes that all calls of a region send to host memory."""
-    return sum(
-        count * sum(_nbytes(plan, planned, key) for key in saved_keys(planned, segment))
-        for segment in planned.segments
-        for mode, count in segment.modes
-        if mode.kind == "offload"
-    )
+    total = 0.0
+    for segment in planned.segments:
+        for mode, count in segment.modes:
+            keys = saved_keys(planned, segment) if mode.kind == "offload" else _held(planned, segment) if mode.kind == "spill" else ()
+            total += count * sum(_nbytes(plan, planned, key) for key in keys)
+    return total
+
+
+def _held(planned: PlannedRegion, segment: PlannedSegment) -> set[Key]:
+    """Inputs of a segment that a replay starts from."""
+    roots, values = _roots(planned), planned.region.graph.values
+    return {_root(roots, (n, planned.layouts[n])) for n in segment.segment.inputs if values[n].requires_grad}
+
+
+def _working(segment: PlannedSegment, mode: Mode) -> float:
+    """Bytes that the largest cluster of a segment works with; forward and backward run the same tiles."""
+    return max((cluster.price.working_bytes for cluster in segment.clusters), default=0) / mode.tiles
 
 
 def _transient(plan: Plan, planned: PlannedRegion, segment: PlannedSegment, mode: Mode) -> float:
     """The largest working set of a segment's backward with what it brings back first."""
-    working = max((cluster.price.working_bytes for cluster in segment.clusters), default=0) / mode.tiles
+    working = _working(segment, mode)
     if mode.kind == "keep":
         return working
     keys = saved_keys(planned, segment)
     if mode.kind == "offload":
         return working + 2 * sum(_nbytes(plan, planned, key) for key in keys)
-    values, roots = planned.region.graph.values, _roots(planned)
-    held = {_root(roots, (n, planned.layouts[n])) for n in segment.segment.inputs if values[n].requires_grad}
+    held = _held(planned, segment)
+    working += whole_inputs(mode) * sum(_nbytes(plan, planned, key) for key in held)
+    if mode.kind == "spill":
+        return working + sum(_nbytes(plan, planned, key) for key in keys) / mode.tiles
     products = _products(planned, segment) if mode.kind == "selective" else set()
     again = [key for key in keys - held if key[0] not in products]
     return working + sum(_nbytes(plan, planned, key) for key in again) / mode.tiles

@@ -2,13 +2,18 @@
 
 The rule, in bytes on one rank (`budget` at most):
 
-  where the backward of a layer runs     stored + resident + kept + transient
-  at the end of backward                 stored + resident + what its end adds (`seqloom/plan/storage.py`)
+  where the backward of the last layers runs   standing + kept + transient
+  where that of the first layer runs           standing + reduced gradients of the others + what a layer keeps + late
+  at the end of backward                       standing + what its end adds (`seqloom/plan/storage.py`)
 
-`kept` counts every storage that some layer keeps for backward once a layer. `transient` is the largest over all clusters of: parameters
-in flight, the cluster's gradients and temporaries, and what its segment must bring back first. Nothing is counted as brought back where
-the last layers of the segment keep: when the backward reaches a layer that brings back, they have freed as much (two of them where a
-segment is offloaded, because one call is fetched while another is used).
+In between it is less: layers keep no less than those before them, so the sum of what is kept and what has piled up is convex in time.
+
+`kept` counts every storage that some layer keeps for backward once a layer. An input of a segment that replays counts in all layers that
+do not send it to the host, those that keep included: then every storage is kept from some layer on, and the layers of several segments
+need no adding up. `transient` is the largest over all clusters of: parameters in flight, the cluster's gradients and temporaries, and
+what its segment must bring back first. Nothing is counted as brought back where the last layers of the segment keep: when the backward
+reaches a layer that brings back, they have freed as much (two of them where host memory is used, because one call is fetched while
+another is used). `late` is the same for the clusters of blocks, with all that is brought back.
 
 Variables:
   kept[v, L]       share of the layers that keep value v in layout L                      `_kept_rows`
@@ -17,7 +22,8 @@ Variables:
   used[g, m]       some layer of segment g runs mode m                                    `_transient_rows`
   back[g]          enough last layers of segment g keep                                   `_transient_rows`
   flight[r]        parameters in flight while the backward of region r runs               `add_storage`
-  transient        as above                                                               `_transient_rows`
+  moving[r]        the same without the reduced gradients that pile up                    `add_storage`
+  transient, late  as above                                                               `_transient_rows`
   hidden           seconds of a region's traffic beyond the compute beside it             `_host_traffic`, `add_storage`
 
 Bytes are in shares of the budget, so that the solver's tolerances mean the same for a toy and for 405 billion parameters.
@@ -31,7 +37,7 @@ from dataclasses import dataclass, field
 from seqloom.cost.compute import host_seconds
 from seqloom.cost.hardware import Hardware
 from seqloom.plan.linear import LinearProgram, Term
-from seqloom.plan.modes import KEEP, Mode, kept_matmuls
+from seqloom.plan.modes import HOST, KEEP, Mode, kept_matmuls
 from seqloom.plan.placement import Layout, local_numel
 from seqloom.plan.price import kept_value, view_root
 from seqloom.plan.problem import Problem, parameter_terms
@@ -48,24 +54,29 @@ Savers = dict[Key, dict[int, list[int]]]  # storage -> cluster -> variables of t
 @dataclass
 class Memory:
     """A copy of the program of `problem` with the rows of activations, and the columns that `add_storage` completes: `kept` terms of the
-    budget, the transient, parameters in flight by region.
+    budget and `first` ones of one layer, the transients, parameters in flight by region.
     """
 
     problem: Problem
     program: LinearProgram
     unit: float
     transient: int
+    late: int
     flight: dict[str, int] = field(default_factory=dict)
+    moving: dict[str, int] = field(default_factory=dict)
+    used: dict[tuple[str, int | None], dict[Mode, int]] = field(default_factory=dict)
     kept: list[Term] = field(default_factory=list)
+    first: list[Term] = field(default_factory=list)
 
 
 def add_memory(problem: Problem, budget_bytes: float) -> Memory:
     """What activations need, for every storage alike."""
     program = problem.program.copy()
-    memory = Memory(problem, program, max(budget_bytes, 1.0), program.variable())
+    memory = Memory(problem, program, max(budget_bytes, 1.0), program.variable(), program.variable())
     host: list[Term] = []
     for region in problem.regions.parts.values():
-        memory.flight[region.key] = program.variable()
+        memory.flight[region.key], memory.moving[region.key] = program.variable(), program.variable()
+        memory.used |= {(region.key, segment): _used_modes(problem, program, region, segment) for segment in _segments(region)}
         roots = view_roots(problem, region)
         savers = {segment: _savers(problem, region, segment, roots) for segment in _segments(region)}
         _kept_rows(memory, region, roots, savers)
@@ -87,6 +98,15 @@ def _parts(region: Region, segment: int | None) -> range:
 
 def _modes(problem: Problem, region: Region, segment: int | None) -> Mapping[Mode, int]:
     return problem.layers[region.key, segment] if segment is not None else {}
+
+
+def _used_modes(problem: Problem, program: LinearProgram, region: Region, segment: int | None) -> dict[Mode, int]:
+    """1 for every mode that some layer runs; none where there is nothing to choose."""
+    layers = _modes(problem, region, segment)
+    used = {mode: program.variable(binary=True) for mode in layers} if set(layers) - {KEEP} else {}
+    for mode, column in used.items():
+        program.constrain([(column, 1.0), (layers[mode], -1.0 / region.count)], 0.0)
+    return used
 
 
 def _savers(problem: Problem, region: Region, segment: int | None, roots: Roots) -> Savers:
@@ -121,6 +141,8 @@ def _kept_rows(memory: Memory, region: Region, roots: Roots, savers: Mapping[int
             for columns in savers[segment].get(key, {0: []}).values():
                 own = [(share, -1.0) for c in columns if (share := _kept_share(problem, c)) is not None]
                 program.constrain([(kept[key], 1.0), *own, *others.get(key, [])], 0.0)
+        _stay_held(memory, region, segment, roots, kept)
+    memory.first += [(column, _nbytes(memory, region, key)) for key, column in kept.items()]
     memory.kept += [(column, region.count * _nbytes(memory, region, key)) for key, column in kept.items()]
 
 
@@ -159,6 +181,19 @@ def _inputs(memory: Memory, region: Region, segment: int | None, roots: Roots) -
     return found
 
 
+def _stay_held(memory: Memory, region: Region, segment: int | None, roots: Roots, kept: Mapping[Key, int]) -> None:
+    """kept[v, L] >= the share of all layers that replay or keep, for the inputs of a segment that replays in some."""
+    problem, program = memory.problem, memory.program
+    replaying = [column for mode, column in memory.used[region.key, segment].items() if mode.kind in ("recompute", "selective")]
+    share = problem.share(region, segment, "recompute", "selective", "keep")
+    for name in region.segments[segment].inputs if replaying else ():
+        if region.graph.values[name].requires_grad:
+            for layout, columns in problem.sources[region.key, name].items():
+                held = [(kept[root_of(roots, name, layout)], 1.0), *((n, -s) for n, s in share), *((c, -1.0) for c in columns)]
+                for column in replaying:
+                    program.constrain([*held, (column, -1.0)], -2.0)
+
+
 # --- host memory -----------------------------------------------------------------------------------------------------------------
 
 
@@ -172,6 +207,11 @@ def _host_traffic(memory: Memory, region: Region, savers: Mapping[int | None, Sa
     copies: list[Term] = []
     lying: list[Term] = []
     for segment in _segments(region):
+        for key, column in _spilled(memory, region, segment).items():
+            nbytes = _nbytes(memory, region, key) * memory.unit
+            program.costs[column] += region.count * copy_seconds(problem.machine.hardware, nbytes)
+            copies.append((column, -host_seconds(problem.machine.hardware, nbytes)))
+            lying.append((column, region.count * nbytes / problem.machine.hardware.host_memory_bytes))
         modes = [mode for mode in _modes(problem, region, segment) if mode.kind == "offload"]
         for mode in modes:
             for key, clusters in savers[segment].items():
@@ -186,6 +226,19 @@ def _host_traffic(memory: Memory, region: Region, savers: Mapping[int | None, Sa
             hidden = program.variable(region.count)
             program.constrain([(hidden, 1.0), *copies, *compute_terms(problem, region, phase)], 0.0)
     return lying
+
+
+def _spilled(memory: Memory, region: Region, segment: int | None) -> dict[Key, int]:
+    """Inputs of a segment with a variable for the share of the layers that send them to the host to be replayed from there."""
+    problem, program = memory.problem, memory.program
+    share = problem.share(region, segment, "spill")
+    found: dict[Key, int] = {}
+    for name in region.segments[segment].inputs if share else ():
+        if region.graph.values[name].requires_grad:
+            for layout, columns in problem.sources[region.key, name].items():
+                found[name, layout] = program.variable(upper=1.0)
+                program.constrain([(found[name, layout], 1.0), *((n, -s) for n, s in share), *((c, -1.0) for c in columns)], -1.0)
+    return found
 
 
 def copy_seconds(hardware: Hardware, nbytes: float) -> float:
@@ -230,35 +283,49 @@ def _brought_back(memory: Memory, region: Region, segment: int | None, savers: S
         for mode in modes:
             if mode.kind == "offload":
                 back[mode].append((saved, 2 * nbytes))
+            elif mode.kind == "spill":
+                back[mode].append((saved, nbytes / mode.tiles))
             elif mode.kind == "recompute" or name not in products:
                 back[mode].append((made, nbytes / mode.tiles))
+    for mode in modes:
+        for name in inputs if whole_inputs(mode) else ():
+            if region.graph.values[name].requires_grad:
+                for layout, columns in problem.sources[region.key, name].items():
+                    nbytes = whole_inputs(mode) * _nbytes(memory, region, (name, layout))
+                    back[mode] += [(column, nbytes) for column in columns]
     return back
 
 
+def whole_inputs(mode: Mode) -> int:
+    """How many times a mode holds its segment's inputs, whole, while it brings back: the next call's, which are being fetched; in tiles
+    also this call's, and beside a tile the gradients of results and of inputs, in pieces and joined.
+    """
+    fetched = (1 if mode.tiles == 1 else 2) if mode.kind == "spill" else 0
+    return fetched + (3 if mode.tiles > 1 else 0)
+
+
 def _transient_rows(memory: Memory, region: Region, segment: int | None, back: Mapping[Mode, list[Term]]) -> None:
-    """transient >= in flight + working + brought back, for every cluster and every mode that is used and not made up for."""
-    problem, program = memory.problem, memory.program
-    layers = _modes(problem, region, segment)
-    used = {mode: program.variable(binary=True) for mode in layers} if back else {}
-    for mode, column in used.items():
-        program.constrain([(column, 1.0), (layers[mode], -1.0 / region.count)], 0.0)
-    enough = _enough_kept(program, layers, used)
+    """transient, late >= in flight + working + brought back, for every mode that is used; transient but where that is made up for."""
+    problem, program, block = memory.problem, memory.program, region.key != OUTER
+    layers, used = _modes(problem, region, segment), memory.used[region.key, segment]
+    working, most = program.variable(), 0.0
     for index in _parts(region, segment):
-        mine = problem.of_part(region.key, index)
-        if not mine:
-            continue
-        most = max(choice.price.working_bytes for _, choice in mine) / memory.unit
-        base = [(memory.transient, 1.0), (memory.flight[region.key], -1.0)]
-        if not back:
-            program.constrain([*base, *((c, -choice.price.working_bytes / memory.unit) for c, choice in mine)], 0.0)
-            continue
-        for mode in layers:
-            working = [(c, -choice.price.working_bytes / memory.unit / mode.tiles) for c, choice in mine]
-            returned = back.get(mode, [])
-            limit = most / mode.tiles + sum(entry for _, entry in returned)
-            made_up = [] if mode == KEEP or enough is None else [(enough, limit)]
-            terms = [*base, *working, *((c, -entry) for c, entry in returned), (used[mode], -limit), *made_up]
-            program.constrain(terms, -limit)
+        mine = [(column, choice.price.working_bytes / memory.unit) for column, choice in problem.of_part(region.key, index)]
+        program.constrain([(working, 1.0), *((column, -nbytes) for column, nbytes in mine)], 0.0)
+        most = max([most, *(nbytes for _, nbytes in mine)])
+    whole, late = [(memory.transient, 1.0), (memory.flight[region.key], -1.0)], [(memory.late, 1.0), (memory.moving[region.key], -1.0)]
+    if not used:
+        for start in (whole, late) if block else (whole,):
+            program.constrain([*start, (working, -1.0)], 0.0)
+        return
+    enough = _enough_kept(program, layers, used)
+    for mode, column in used.items():
+        returned = back.get(mode, [])
+        limit = most / mode.tiles + sum(entry for _, entry in returned)
+        terms = [(working, -1.0 / mode.tiles), *((c, -entry) for c, entry in returned), (column, -limit)]
+        made_up = [] if mode == KEEP or enough is None else [(enough, limit)]
+        program.constrain([*whole, *terms, *made_up], -limit)
+        program.constrain([*late, *terms], -limit)
 
 
 def _enough_kept(program: LinearProgram, layers: Mapping[Mode, int], used: Mapping[Mode, int]) -> int | None:
@@ -268,7 +335,7 @@ def _enough_kept(program: LinearProgram, layers: Mapping[Mode, int], used: Mappi
     enough = program.variable(binary=True)
     program.constrain([(layers[KEEP], 1.0), (enough, -1.0)], 0.0)
     for mode, column in used.items():
-        if mode.kind == "offload":
+        if mode.kind in HOST:
             program.constrain([(layers[KEEP], 1.0), (enough, -2.0), (column, -2.0)], -2.0)
     return enough
 
@@ -277,7 +344,7 @@ def _enough_kept(program: LinearProgram, layers: Mapping[Mode, int], used: Mappi
 
 
 def add_storage(memory: Memory, storage: Storage, leanest: bool = False) -> LinearProgram:
-    """A copy of the program completed for one storage: its time, and the two rows of the budget.
+    """A copy of the program completed for one storage: its time, and the three rows of the budget.
 
     With `leanest` the objective is the least budget (in units of the one given) instead of time.
     """
@@ -293,29 +360,34 @@ def add_bound(memory: Memory, choices: Sequence[Storage]) -> LinearProgram:
 
 def _complete(memory: Memory, storage: Storage, traffic_of: Sequence[Storage], leanest: bool) -> LinearProgram:
     problem, program = memory.problem, memory.program.copy()
-    total, ending = [*memory.kept, (memory.transient, 1.0)], []
+    total, piled, ending = [*memory.kept, (memory.transient, 1.0)], [*memory.first, (memory.late, 1.0)], []
     for region in problem.regions.parts.values():
         root = region.key == OUTER
         slope, latency = _affine(problem, storage, traffic_of, root)
         traffic: dict[str, list[Term]] = {"forward_s": [], "backward_s": []}
         flight: list[Term] = []
+        moving: list[Term] = []
         for columns in parameter_terms(problem, region).values():
             for column, numel in columns:
                 cost = group_cost(numel, problem.machine, storage, root)
                 program.costs[column] += region.count * numel * slope["optimizer_s"]
                 total.append((column, region.count * cost.standing_bytes / memory.unit))
                 ending.append((column, region.count * (cost.standing_bytes + cost.ending_bytes) / memory.unit))
+                reduced = 0.0 if root else cost.ending_bytes
+                piled.append((column, region.count * (cost.standing_bytes + reduced) / memory.unit))
                 flight.append((column, -cost.in_flight_bytes / memory.unit))
+                moving.append((column, (reduced - cost.in_flight_bytes) / memory.unit))
                 for phase, terms in traffic.items():
                     terms.append((column, numel * slope[phase]))
         program.constrain([(memory.flight[region.key], 1.0), *flight], 0.0)
+        program.constrain([(memory.moving[region.key], 1.0), *moving], 0.0)
         for phase, terms in traffic.items():
             _hidden(program, problem, region, phase, terms, latency[phase])
     budget = [(program.variable(), -1.0)] if leanest else []
     if leanest:
         program.costs = [0.0] * len(program.costs)
         program.costs[budget[0][0]] = 1.0
-    for rows in (total, ending):
+    for rows in (total, piled, ending):
         program.constrain([*rows, *budget], high=0.0 if leanest else 1.0 - MEMORY_TOLERANCE)
     return program
 

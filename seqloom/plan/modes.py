@@ -9,6 +9,7 @@ early layers, whose backward comes last, when the layers behind them are free ag
 | keep | what autograd saves | nothing |
 | selective | the segment's inputs and those matrix products that autograd saves | the rest, up to the last saved tensor |
 | recompute | the segment's inputs | everything up to the last saved tensor; with tiles one stretch of the sequence after the other |
+| spill | nothing: the segment's inputs lie in host memory | everything, with tiles one stretch of the sequence after the other |
 | offload | nothing: what autograd saves lies in host memory | nothing |
 
 Selective recomputation follows Korthikanti et al. 2022 (arXiv:2205.05198, section 5), tiles over the sequence Bekman et al. 2025
@@ -26,13 +27,14 @@ from seqloom.plan.clusters import Cluster, DimClass
 from seqloom.plan.price import MATMULS
 from seqloom.plan.regions import Region
 
-Kind = Literal["offload", "recompute", "selective", "keep"]
-ORDER: tuple[Kind, ...] = ("offload", "recompute", "selective", "keep")
+Kind = Literal["offload", "spill", "recompute", "selective", "keep"]
+ORDER: tuple[Kind, ...] = ("offload", "spill", "recompute", "selective", "keep")
+HOST: tuple[Kind, ...] = ("offload", "spill")  # what waits for backward in host memory
 TILES = (4, 16)
 
 
 class Mode(NamedTuple):
-    """One way to treat a segment; `tiles` is 1 but for recomputation in tiles of the sequence."""
+    """One way to treat a segment; `tiles` is 1 but where it is replayed in tiles of the sequence."""
 
     kind: Kind
     tiles: int = 1
@@ -52,8 +54,9 @@ def segment_modes(region: Region, segment: int, recompute: bool | None, offload:
         return (RECOMPUTE,)
     replay: list[Mode] = []
     if recompute is None and span.recomputable:
-        tiled = [Mode("recompute", tiles) for tiles in TILES] if tile_dims(region, segment) is not None else []
-        replay = [*([SELECTIVE] if kept_matmuls(region, segment) else []), RECOMPUTE, *tiled]
+        tiles = (1, *(TILES if tile_dims(region, segment) is not None else ()))
+        replay = [*([SELECTIVE] if kept_matmuls(region, segment) else []), *(Mode("recompute", count) for count in tiles)]
+        replay += [Mode("spill", count) for count in tiles] if offload else []
     return (KEEP, *replay, *([OFFLOAD] if offload else []))
 
 
@@ -93,6 +96,16 @@ def saves(region: Region, part: Cluster) -> bool:
         any(values[out].requires_grad for out in node.outputs) and saved_for_backward(node.op, node.args, dict(node.kwargs), values)
         for node in part.nodes
     )
+
+
+def replays(region: Region, index: int, mode: Mode) -> bool:
+    """Whether the forward of a cluster runs again under a mode of its segment."""
+    segment = region.segment_of(index)
+    if segment is None or mode.kind in ("keep", "offload"):
+        return False
+    if mode.kind == "spill":
+        return True
+    return index in replayed(region, segment) and not (mode.kind == "selective" and index in kept_matmuls(region, segment))
 
 
 def replayed(region: Region, segment: int) -> tuple[int, ...]:

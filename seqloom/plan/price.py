@@ -152,7 +152,14 @@ def price(graph: Graph, cluster: Cluster, strategy: Strategy, machine: Machine, 
     activations = [n for n in (*cluster.inputs, *cluster.outputs) if graph.values[n].requires_grad and graph.values[n].kind != "parameter"]
     node = cluster.nodes[0]
     working = sum(nbytes[name] for name in activations) + workspace_bytes(node.op, node.args, dict(node.kwargs), sizes)
+    working += 2 * max((nbytes[name] for name in _inside(graph, cluster)), default=0)  # a gradient inside the chain, and the next one
     return Price(tiles * forward, tiles * backward, _saved(cluster, strategy, nbytes), working)
+
+
+def _inside(graph: Graph, cluster: Cluster) -> list[str]:
+    """Values with a gradient that a cluster makes and uses up itself; views take no memory."""
+    made = [name for node in cluster.nodes if not is_view(node.op) for name in node.outputs]
+    return [name for name in made if name not in cluster.outputs and graph.values[name].requires_grad]
 
 
 def _side(node: Node, sizes: Mapping[str, int]) -> int:

@@ -28,7 +28,7 @@ from functools import cached_property
 from seqloom.cost.communication import collective_seconds
 from seqloom.graph import Value
 from seqloom.plan.linear import LinearProgram, Term
-from seqloom.plan.modes import Mode, kept_matmuls, reached, replayed, segment_modes, tile_class
+from seqloom.plan.modes import Mode, kept_matmuls, reached, replays, segment_modes, tile_class
 from seqloom.plan.placement import Layout, Move, cached_moves, cheapest_path, local_numel
 from seqloom.plan.price import Machine, Price, move_seconds, price
 from seqloom.plan.regions import OUTER, Region, Regions
@@ -150,19 +150,20 @@ def build_problem(regions: Regions, machine: Machine, request: Request) -> Probl
 
 
 def _mode_variables(problem: Problem, region: Region) -> None:
-    """Every layer of a segment runs one mode; recomputation is whole or in tiles of one number, never a mixture."""
+    """Every layer of a segment runs one mode; what replays is whole or in tiles of one number, never a mixture."""
     program = problem.program
     for segment in range(len(region.segments)):
         modes = segment_modes(region, segment, problem.recompute, problem.offload)
         columns = {mode: program.variable(TIE * i, integer=True, upper=region.count) for i, mode in enumerate(modes)}
         problem.layers[region.key, segment] = columns
         program.constrain([(column, 1.0) for column in columns.values()], region.count, region.count)
-        kinds = [mode for mode in modes if mode.kind == "recompute"]
-        if len(kinds) > 1:
-            chosen = [program.variable(binary=True) for _ in kinds]
-            program.constrain([(column, 1.0) for column in chosen], 1.0, 1.0)
-            for mode, column in zip(kinds, chosen, strict=True):
-                program.constrain([(columns[mode], 1.0), (column, -region.count)], high=0.0)
+        for kind in ("recompute", "spill"):
+            same = [mode for mode in modes if mode.kind == kind]
+            if len(same) > 1:
+                chosen = [program.variable(binary=True) for _ in same]
+                program.constrain([(column, 1.0) for column in chosen], 1.0, 1.0)
+                for mode, column in zip(same, chosen, strict=True):
+                    program.constrain([(columns[mode], 1.0), (column, -region.count)], high=0.0)
 
 
 def _cluster_variables(problem: Problem, region: Region) -> None:
@@ -197,10 +198,7 @@ def _extra(problem: Problem, region: Region, index: int, choice: Choice, mode: M
 
 def extra_seconds(machine: Machine, region: Region, index: int, strategy: Strategy, cost: Price, mode: Mode) -> float:
     """Seconds that a mode adds to one call of a cluster: its replay, and the loss of rate in tiles."""
-    segment = region.segment_of(index)
-    if segment is None or mode.kind in ("keep", "offload"):
-        return 0.0
-    again = index in replayed(region, segment) and not (mode.kind == "selective" and index in kept_matmuls(region, segment))
+    again = replays(region, index, mode)
     if mode.tiles == 1:
         return cost.forward_s if again else 0.0
     part = region.parts[index]
@@ -322,7 +320,7 @@ def _edge(problem: Problem, region: Region, name: str, maker: int | None, source
                     reshards[key] = program.variable(region.count * path.seconds, upper=1.0)
                     _keep_whole(problem, region, consumer.segment, maker, reshards[key])
                 program.constrain([(reshards[key], 1.0), (edge, -1.0)], 0.0)
-                share = problem.share(region, consumer.segment, "recompute", "selective") if consumer.again else []
+                share = problem.share(region, consumer.segment, "spill", *(("recompute", "selective") if consumer.again else ()))
                 if share:
                     if key not in again:
                         again[key] = program.variable(region.count * path.forward, upper=1.0)

@@ -8,6 +8,8 @@ from math import prod
 
 from seqloom.cost.hardware import Hardware
 from seqloom.errors import UserError
+from seqloom.plan.labels import ATTENTION
+from seqloom.plan.regions import Regions
 from seqloom.plan.space import Axis, parse_force
 
 MAX_AXES = 3
@@ -19,9 +21,9 @@ class Request:
     """What is asked of the planner.
 
     `force` is the text of `--force`, `zero` one level only; `recompute` None lets the planner choose, False recomputes nothing, True all
-    that may be; `offload` whether activations may go to host memory; `gap` the share of a step below which
-    two plans count as equal; `open_constants` whether constants that functions leave open (the chunk of
-    the loss) are chosen.
+    that may be; `offload` whether activations may go to host memory; `open_constants` whether constants that functions leave open (the
+    chunk of the loss) are chosen; `sum_axes` how many axes may share batch, sequence and heads; `gap` the share of a step below which two
+    plans count as equal.
     """
 
     ranks: int
@@ -34,6 +36,7 @@ class Request:
     recompute: bool | None = None
     offload: bool = True
     open_constants: bool = True
+    sum_axes: int = MAX_AXES
     time_limit_s: float = 20.0
     gap: float = 1e-4
 
@@ -64,9 +67,27 @@ def candidate_meshes(request: Request) -> Iterator[tuple[Axis, ...]]:
     node = request.hardware.links[0].ranks_per_group
     for sizes in _factorizations(request.ranks, MAX_AXES):
         for splits in range(min(len(sizes), MAX_SPLIT_AXES) + 1):
+            if len(sizes) - splits > request.sum_axes:
+                continue
             if splits == 0 or prod(sizes[len(sizes) - splits :]) <= node:
                 roles = ["sum"] * (len(sizes) - splits) + ["split"] * splits
                 yield tuple(Axis(size, role) for size, role in zip(sizes, roles, strict=True))
+
+
+def wanted_sum_axes(regions: Regions, request: Request) -> int:
+    """How many `sum` axes a mesh can make use of: one, and one more for each thing that one alone can not split as it likes.
+
+    These are: several rows of the batch; fewer key/value heads than ranks, then fewer query heads; several nodes (storage sharded inside).
+    """
+    batch = regions.graph.values[regions.graph.inputs[0]].shape[0]
+    heads: set[tuple[int, int]] = set()
+    for part in regions.parts.values():
+        for node in (node for cluster in part.parts for node in cluster.nodes if node.op == ATTENTION):
+            query, key = (part.graph.values[name].shape[1] for name in node.inputs[:2])
+            heads.add((query, key))
+    short = max((sum(count % request.ranks != 0 for count in pair) for pair in heads), default=0)
+    wanted = 1 + (batch > 1) + short + (request.ranks > request.hardware.links[0].ranks_per_group)
+    return min(MAX_AXES, wanted)
 
 
 def _factorizations(ranks: int, axes: int) -> Iterator[tuple[int, ...]]:

@@ -17,8 +17,9 @@ a tiny cost per strategy.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from seqloom.errors import UserError
@@ -30,11 +31,13 @@ from seqloom.plan.placement import Layout
 from seqloom.plan.price import Machine
 from seqloom.plan.problem import Problem, build_problem, chosen_layers, chosen_strategies
 from seqloom.plan.regions import Regions
-from seqloom.plan.request import Request, candidate_meshes
+from seqloom.plan.request import Request, candidate_meshes, wanted_sum_axes
 from seqloom.plan.space import Axis, Constants
 from seqloom.plan.storage import Storage, storages
 
 BETTER = 1e-9  # seconds by which a later candidate must win, beside the gap
+ENDLESS = 1e18  # bytes of memory: no limit
+WhyNot = Callable[[Regions, Request], str]
 OFFLOAD_GAIN = 0.01  # share of a step that host memory must save: copies that come late cost memory that was not planned
 
 
@@ -70,8 +73,8 @@ class Alternative:
 
 @dataclass(frozen=True)
 class SolverReport:
-    """How the answer was found: `status`, relative `gap` to the proven bound, seconds, variables and programs solved, and what else was
-    tried.
+    """How the answer was found: `status`, relative `gap` to the proven bound, seconds, variables and programs solved, what else was
+    tried, and the seconds a micro-batch that no plan of the chosen mesh could beat if memory had no limit.
     """
 
     status: str
@@ -80,17 +83,22 @@ class SolverReport:
     variables: int
     programs: int
     alternatives: tuple[Alternative, ...] = ()
+    unlimited_s: float | None = None
 
 
 @dataclass
 class Search:
-    """The best plans so far, without and with host memory, and what was tried."""
+    """The best plans so far, without and with host memory, and what was tried; `free` bounds every mesh by the seconds that it takes with
+    no storage and no limit of memory, `unlimited` the chosen one with its storage.
+    """
 
     request: Request
     best: dict[bool, tuple[float, Decisions, Solution]] = field(default_factory=dict)
     variables: int = 0
     programs: int = 0
     unsolved: int = 0
+    unlimited: float | None = None
+    free: dict[tuple[Axis, ...], float] = field(default_factory=dict)
     tried: dict[bool, list[Alternative]] = field(default_factory=lambda: {False: [], True: []})
 
     def limit(self, offload: bool) -> float:
@@ -103,10 +111,10 @@ class Search:
         return min(limits)
 
 
-def solve(regions: Regions, request: Request) -> tuple[Decisions, SolverReport]:
-    """The fastest decisions that fit. Raises `UserError` when none does, with what binds."""
+def solve(regions: Regions, request: Request, why: WhyNot = why_nothing_fits) -> tuple[Decisions, SolverReport]:
+    """The fastest decisions that fit. Raises `UserError` when none does, with what binds, in the words of `why`."""
     started = time.monotonic()
-    search = Search(request)
+    search = Search(replace(request, sum_axes=wanted_sum_axes(regions, request)))
     for offload in (False, True) if request.may_offload else (False,):
         for bound in _bounds(search, regions, offload):
             if bound.seconds is not None and bound.seconds < search.limit(offload):
@@ -118,34 +126,44 @@ def solve(regions: Regions, request: Request) -> tuple[Decisions, SolverReport]:
             f"narrow the search with --force (such as --force sp{request.ranks}) or --zero"
         )
     if not search.best:
-        raise UserError(why_nothing_fits(regions, request))
+        raise UserError(why(regions, search.request))
     plain, offloaded = search.best.get(False), search.best.get(True)
     takes_host = plain is None or (offloaded is not None and offloaded[0] <= plain[0] * (1 - OFFLOAD_GAIN))
     seconds, decisions, solution = search.best[takes_host]
     status = solution.status if not search.unsolved else f"{solution.status}; {search.unsolved} searches out of time"
-    elapsed, tried = time.monotonic() - started, _alternatives(search.tried[takes_host], decisions, seconds)
-    return decisions, SolverReport(status, solution.gap, elapsed, search.variables, search.programs, tried)
+    tried = _alternatives(search.tried[takes_host], decisions, seconds)
+    elapsed = time.monotonic() - started
+    return decisions, SolverReport(status, solution.gap, elapsed, search.variables, search.programs, tried, search.unlimited)
 
 
 def _bounds(search: Search, regions: Regions, offload: bool) -> list[Alternative]:
     """A bound on every mesh, the most promising one first. With host memory only meshes that memory holds back are looked at."""
     found = []
     for axes in candidate_meshes(search.request):
-        problem = _problem(search, regions, axes)
-        free = _solve_one(search, problem.program, relaxed=True) if problem.feasible else None
-        if free is None:
+        if axes in search.free and search.free[axes] >= search.limit(offload):
+            found.append(Alternative(axes, None, search.free[axes], False, ""))
+            continue
+        problem = _problem(search, regions, axes, offload)
+        free = _solve_one(search, problem.program, relaxed=True) if problem.feasible and axes not in search.free else None
+        if free is not None:
+            search.free[axes] = free.objective
+        if axes not in search.free:
             found.append(Alternative(axes, None, None, False, "its sizes do not divide the model"))
-        elif free.objective >= search.limit(offload):
-            found.append(Alternative(axes, None, free.objective, False, ""))
         else:
-            bound = _solve_one(search, _host(problem, add_bound(*_memory(search, problem)), offload), relaxed=True)
+            bound = _solve_one(search, add_bound(*_memory(search, problem)), relaxed=True)
             seconds, reason = (None, "it does not fit in memory") if bound is None else (bound.objective, "")
             found.append(Alternative(axes, None, seconds, False, reason))
-    return sorted(found, key=lambda tried: float("inf") if tried.seconds is None else tried.seconds)
+    return sorted(found, key=_promise)
 
 
-def _problem(search: Search, regions: Regions, axes: tuple[Axis, ...]) -> Problem:
-    return build_problem(regions, Machine(search.request.hardware, axes, search.request.dp), search.request)
+def _promise(tried: Alternative) -> tuple[float, int]:
+    """Order of trying: the smallest bound first; of meshes within 0.2% the one of fewest axes, whose program is easier to read."""
+    return (float("inf") if tried.seconds is None else round(math.log(tried.seconds) / 0.002), len(tried.axes))
+
+
+def _problem(search: Search, regions: Regions, axes: tuple[Axis, ...], offload: bool) -> Problem:
+    request = replace(search.request, offload=offload)
+    return build_problem(regions, Machine(request.hardware, axes, request.dp), request)
 
 
 def _memory(search: Search, problem: Problem) -> tuple[Memory, list[Storage]]:
@@ -154,26 +172,23 @@ def _memory(search: Search, problem: Problem) -> tuple[Memory, list[Storage]]:
     return add_memory(problem, request.budget_bytes), choices
 
 
+def _unlimited(search: Search, problem: Problem, choices: Sequence[Storage]) -> float | None:
+    """A bound on the seconds of a mesh if memory had no limit."""
+    found = _solve_one(search, add_bound(add_memory(problem, ENDLESS), choices), relaxed=True)
+    return None if found is None else found.objective
+
+
 def _try_mesh(search: Search, regions: Regions, bound: Alternative, offload: bool) -> None:
     """Every storage of one mesh; what is better than the best plan so far takes its place."""
-    problem = _problem(search, regions, bound.axes)
+    problem = _problem(search, regions, bound.axes, offload)
     memory, choices = _memory(search, problem)
     for storage in choices:
         if bound.seconds is None or bound.seconds >= search.limit(offload):
             return
-        solution = _try_storage(search, _host(problem, add_storage(memory, storage), offload), search.limit(offload))
+        solution = _try_storage(search, add_storage(memory, storage), search.limit(offload))
         if solution is not None and solution.objective < search.limit(offload):
             search.best[offload] = (solution.objective, _decisions(problem, storage, solution), solution)
-
-
-def _host(problem: Problem, program: LinearProgram, offload: bool) -> LinearProgram:
-    """The program with or without host memory."""
-    if not offload:
-        for modes in problem.layers.values():
-            for mode, column in modes.items():
-                if mode.kind == "offload":
-                    program.upper[column] = 0.0
-    return program
+            search.unlimited = _unlimited(search, problem, choices)
 
 
 def _try_storage(search: Search, program: LinearProgram, limit: float) -> Solution | None:

@@ -30,6 +30,7 @@ FP32 = 4
 OPTIMIZER_TRAFFIC = 40  # bytes an element: AdamW reads master, gradient and moments, writes master and moments; norm and clipping
 ENDLESS = 1e15  # bytes beside which the launch of a kernel takes no time: the optimizer updates all parameters in a few
 ZERO_LEVELS = (3, 2, 1, 0)
+LEAST_BYTES = 1e-6  # of a collective that a group without elements still starts
 
 
 @dataclass(frozen=True)
@@ -113,15 +114,16 @@ def group_cost(numel: float, machine: Machine, storage: Storage, root: bool) -> 
     gathered, reduced = storage.itemsize * numel, FP32 * numel
     stays = storage.zero != 3 or root
     delayed = FP32 * numel if storage.zero < 2 and persists else 0.0
-    # The root's gradients wait for the end; a block's are reduced while the next block is gathered and differentiated.
+    # The root's gradients wait for the end; a block's are reduced while the next block is gathered and differentiated. Where unreduced ones
+    # add up over micro-batches (`delayed`), each makes room for its reduced shard.
     flight_gathered = 0.0 if stays else 2 * gathered
-    flight_gradient = gathered + (0.0 if root else reduced + gradients)
+    flight_gradient = 0.0 if root else gathered + reduced + gradients
     ending = (0.0 if persists else gradients) + (gathered + reduced if root else 0.0)
     forward, backward = _seconds(gathered, reduced, machine, storage, root)
     optimizer = bandwidth_seconds(machine.hardware, ENDLESS) * OPTIMIZER_TRAFFIC * numel / ranks / ENDLESS / storage.accumulation
     return GroupCost(
         states_bytes=STATE_BYTES * numel / ranks,
-        gradient_bytes=(gradients if persists else 0.0) + delayed,
+        gradient_bytes=delayed if delayed else (gradients if persists else 0.0),
         resident_bytes=gathered if stays else 0.0,
         flight_gathered_bytes=flight_gathered,
         flight_gradient_bytes=flight_gradient,
@@ -150,7 +152,7 @@ def _collective(machine: Machine, kind: CollectiveKind, nbytes: float, axes: tup
     if span.size == 1:
         return 0.0
     copied = 2 * nbytes * (1 + 1 / span.size) if kind == "all_gather" else 1.5 * nbytes
-    seconds = collective_seconds(machine.hardware, kind, max(nbytes, 1.0), span)
+    seconds = collective_seconds(machine.hardware, kind, max(nbytes, LEAST_BYTES), span)
     return seconds + bandwidth_seconds(machine.hardware, ENDLESS) * copied / ENDLESS
 
 
