@@ -23,7 +23,7 @@ class Request:
     `force` is the text of `--force`, `zero` one level only; `recompute` None lets the planner choose, False recomputes nothing, True all
     that may be; `offload` whether activations may go to host memory; `open_constants` whether constants that functions leave open (the
     chunk of the loss) are chosen; `sum_axes` how many axes may share batch, sequence and heads; `gap` the share of a step below which two
-    plans count as equal.
+    plans count as equal; `most_axes` how many axes a mesh may have at most.
     """
 
     ranks: int
@@ -39,6 +39,7 @@ class Request:
     sum_axes: int = MAX_AXES
     time_limit_s: float = 20.0
     gap: float = 1e-4
+    most_axes: int = MAX_AXES
 
     @property
     def may_offload(self) -> bool:
@@ -65,7 +66,7 @@ def candidate_meshes(request: Request) -> Iterator[tuple[Axis, ...]]:
         yield tuple(Axis(size, "split" if kind.startswith("tp") else "sum", kind) for kind, size in ordered if size > 1)
         return
     node = request.hardware.links[0].ranks_per_group
-    for sizes in _factorizations(request.ranks, MAX_AXES):
+    for sizes in _factorizations(request.ranks, request.most_axes):
         for splits in range(min(len(sizes), MAX_SPLIT_AXES) + 1):
             if len(sizes) - splits > request.sum_axes:
                 continue
