@@ -1,4 +1,4 @@
-"""The commands beside training: `python -m seqloom {compile, explain, dryrun, rehearse, verify, check-op, report, profile, checkpoint}`.
+"""The commands beside training: `python -m seqloom {compile, explain, sweep, dryrun, rehearse, verify, check-op, report, ...}`.
 
 Every command parses its flags, imports the room that does the work, calls it and prints. Nothing heavy is imported before.
 """
@@ -38,6 +38,37 @@ class ProgramArguments:
         if not folder.is_dir():
             raise UserError(f"there is no compiled program {folder}: compile one with `{PROG} compile --name {self.name} ...`")
         return folder
+
+
+@dataclass(frozen=True)
+class ExplainArguments:
+    """Show what a plan chose, what the runners-up would cost, what binds, and what would help most."""
+
+    program: tyro.conf.OmitArgPrefixes[ProgramArguments] = field(default_factory=ProgramArguments)
+    advice: bool = True
+    """Plan anew for more GPUs, memory and bandwidth and a shorter sequence, to say what would help (takes several searches)."""
+
+
+@dataclass(frozen=True)
+class SweepArguments:
+    """Find the best plan for every sequence length on every machine."""
+
+    model_id: str
+    """The model: a local folder, a name in configs/models, or a hub id."""
+    seq_lens: str = "8K,32K,128K,512K,1M,4M"
+    """Tokens of a sequence, several with commas; K is 1024, M is 1024 K."""
+    gpus: str = "8,16,64"
+    """Numbers of GPUs."""
+    hardware: str = "h100-80gb,h200-141gb"
+    """Machines: names in configs/hardware, or files."""
+    micro_batch_size: int = 1
+    """Sequences of one micro-batch."""
+    grad_accumulation_steps: int = 1
+    """Micro-batches of one step."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Type of the computation."""
+    csv: Path | None = None
+    """Also write the table to this file."""
 
 
 @dataclass(frozen=True)
@@ -122,11 +153,36 @@ def compile_command(args: Sequence[str], prog: str) -> None:
 
 
 def explain_command(args: Sequence[str], prog: str) -> int:
-    """Show what a plan chose, what the runners-up would cost, and what binds."""
-    folder = parse(ProgramArguments, prog, args).folder
-    from seqloom.plan.explain import run
+    """Show what a plan chose, what the runners-up would cost, what binds, and what would help."""
+    config = parse(ExplainArguments, prog, args)
+    folder = config.program.folder
+    from seqloom.plan.explain import PLAN, run
 
+    if config.advice and (folder / PLAN).is_file():
+        from seqloom.emit.advice import advise
+        from seqloom.report.plan_page import PAGE
+
+        advise(folder, lambda line: print(line, file=sys.stderr, flush=True))
+        if (folder / PAGE).is_file():
+            _with_page(folder, 0)
     return run(folder)
+
+
+def sweep_command(args: Sequence[str], prog: str) -> int:
+    """Find the best plan for every sequence length on every machine."""
+    config = parse(SweepArguments, prog, args)
+    from seqloom.emit.sweep import Sweep, parse_counts, run
+
+    asked = Sweep(
+        model_id=config.model_id,
+        seq_lens=parse_counts("--seq_lens", config.seq_lens),
+        gpus=parse_counts("--gpus", config.gpus),
+        hardware=tuple(name.strip() for name in config.hardware.split(",")),
+        micro_batch_size=config.micro_batch_size,
+        grad_accumulation_steps=config.grad_accumulation_steps,
+        precision=config.precision,
+    )
+    return run(asked, config.csv, lambda line: print(line, flush=True))
 
 
 def dryrun_command(args: Sequence[str], prog: str) -> int:
@@ -231,6 +287,7 @@ def show_command(args: Sequence[str], prog: str) -> None:
 COMMANDS: Mapping[str, Command] = {
     "compile": compile_command,
     "explain": explain_command,
+    "sweep": sweep_command,
     "dryrun": dryrun_command,
     "rehearse": rehearse_command,
     "report": report_command,

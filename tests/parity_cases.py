@@ -19,13 +19,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GPT2Config, LlamaConfig, PretrainedConfig, Qwen3Config
 
+import seqloom.runtime.offload
 from seqloom.capture import Captured, capture
 from seqloom.cost.hardware import load_hardware
 from seqloom.emit.program import program_source
 from seqloom.plan.plan import realize
 from seqloom.plan.price import Machine
 from seqloom.plan.regions import Regions, build_regions
-from seqloom.plan.solver import Decisions, Request, solve
+from seqloom.plan.request import Request
+from seqloom.plan.solver import Decisions, solve
 from seqloom.runtime.parity import Difference, compare, original_gradients, program_gradients, random_batches
 from seqloom.runtime.program import PROGRAM_FILE
 from seqloom.runtime.step import IGNORED, MicroBatch
@@ -124,6 +126,7 @@ def run_jobs(by_world: Mapping[int, Sequence[Job]]) -> dict[str, Difference]:
 def run_all(rank: int, world_size: int, jobs: Sequence[Job]) -> dict[str, Difference]:
     """The body of one process: every job in turn; rank 0 compares."""
     found = {}
+    seqloom.runtime.offload.MINIMUM = 1  # everything here is small
     for job in jobs:
         try:
             loss, gradients = program_gradients(job.folder, job.config, job.weights, micro_batches(job.data))

@@ -50,7 +50,9 @@ class Raw:
     forward: np.ndarray
     backward: np.ndarray
     kept: np.ndarray
+    first: np.ndarray
     working: np.ndarray
+    late: np.ndarray
     sent: np.ndarray
     numel: np.ndarray
 
@@ -163,7 +165,7 @@ class BruteForce:
         if key not in self._raw:
             found = [self.at(region, chosen, slots, self.counts[region.key]) for chosen in self._arrangements(region)]
             columns = zip(*[row for row in found if row is not None], strict=True)
-            empty = [np.zeros(0)] * 7
+            empty = [np.zeros(0)] * 9
             self._raw[key] = Raw(*([np.concatenate(column) for column in columns] or empty))
         return self._raw[key]
 
@@ -199,8 +201,8 @@ class BruteForce:
             spent,
             forward,
             backward,
-            self._kept(region, chosen, layouts, counts),
-            self._working(region, chosen, layouts, counts),
+            *self._kept(region, chosen, layouts, counts),
+            *self._working(region, chosen, layouts, counts),
             sent,
         ]
         return [column[valid] for column in columns] + [np.full(int(valid.sum()), float(numel))]
@@ -314,26 +316,34 @@ class BruteForce:
         """What a replay of a segment starts from."""
         return {(n, layouts[n]) for n in region.segments[g].inputs if region.graph.values[n].requires_grad}
 
-    def _kept(self, region: Region, chosen: Chosen, layouts: Mapping[str, Layout], counts: Counts) -> np.ndarray:
-        """Bytes that all calls keep: each storage in the layers in which some segment keeps it."""
+    def _kept(self, region: Region, chosen: Chosen, layouts: Mapping[str, Layout], counts: Counts) -> tuple[np.ndarray, np.ndarray]:
+        """Bytes that all calls keep, each storage in the layers in which some segment keeps it; and their share of one layer.
+
+        An input of a segment that replays in some layers counts in those that keep too.
+        """
         if not region.segments:
-            return np.full(counts.rows, float(sum(self._nbytes(region, key) for key in self._saved(region, chosen, None))))
+            whole = np.full(counts.rows, float(sum(self._nbytes(region, key) for key in self._saved(region, chosen, None))))
+            return whole, whole
         roots, most = _roots(region, chosen), {}
         for g in range(len(region.segments)):
-            held: dict[Key, np.ndarray] = {}
-            products = {(name, layouts[name]) for name in _products(region, g)}
-            inputs = {_root(roots, key) for key in self._starts(region, layouts, g)}
-            for mode, layers in counts.layers[g].items():
-                keys = {"keep": self._saved(region, chosen, g), "recompute": inputs, "selective": inputs | products}
-                for key in keys.get(mode.kind, ()):
-                    held[key] = held.get(key, 0) + layers
+            none = np.zeros(counts.rows)
+            kind = {k: sum((n for mode, n in counts.layers[g].items() if mode.kind == k), none) for k in ("keep", "recompute", "selective")}
+            replaying = kind["recompute"] + kind["selective"]
+            held = dict.fromkeys(self._saved(region, chosen, g), kind["keep"])
+            for key in ((name, layouts[name]) for name in _products(region, g)):
+                held[key] = held.get(key, none) + kind["selective"]
+            for key in {_root(roots, key) for key in self._starts(region, layouts, g)}:
+                held[key] = np.where(replaying > 0, replaying + kind["keep"], held.get(key, none))
             for key, layers in held.items():
                 most[key] = np.maximum(most.get(key, 0), layers)
-        return sum((layers * float(self._nbytes(region, key)) for key, layers in most.items()), np.zeros(counts.rows))
+        total = sum((layers * float(self._nbytes(region, key)) for key, layers in most.items()), np.zeros(counts.rows))
+        return total, total / region.count
 
-    def _working(self, region: Region, chosen: Chosen, layouts: Mapping[str, Layout], counts: Counts) -> np.ndarray:
-        """The largest cluster's gradients and temporaries with what its segment brings back, unless the last layers made room for it."""
-        largest = np.zeros(counts.rows)
+    def _working(self, region: Region, chosen: Chosen, layouts: Mapping[str, Layout], counts: Counts) -> tuple[np.ndarray, np.ndarray]:
+        """The largest cluster's gradients and temporaries with what its segment brings back: unless the last layers made room for it, and
+        in any case.
+        """
+        largest, late = np.zeros(counts.rows), np.zeros(counts.rows)
         for g in range(len(region.segments)) if region.segments else (None,):
             own = max((cost.working_bytes for i, (_, cost) in enumerate(chosen) if region.segment_of(i) == g), default=0)
             layers_of = counts.layers[g] if g is not None else {KEEP: np.full(counts.rows, region.count)}
@@ -341,9 +351,10 @@ class BruteForce:
             offloading = sum((n for mode, n in layers_of.items() if mode.kind in ("offload", "spill")), np.zeros(counts.rows)) > 0
             made_up = keeping >= np.where(offloading, 2, 1)
             for mode, layers in layers_of.items():
-                back = np.where(made_up, 0.0, self._back(region, chosen, layouts, g, mode))
-                largest = np.maximum(largest, np.where(layers > 0, own / mode.tiles + back, 0.0))
-        return largest
+                back = self._back(region, chosen, layouts, g, mode)
+                largest = np.maximum(largest, np.where(layers > 0, own / mode.tiles + np.where(made_up, 0.0, back), 0.0))
+                late = np.maximum(late, np.where(layers > 0, own / mode.tiles + back, 0.0))
+        return largest, late
 
     def _back(self, region: Region, chosen: Chosen, layouts: Mapping[str, Layout], g: int | None, mode: Mode) -> float:
         """Bytes that a mode brings back for one layer: what autograd saves, twice where one call is fetched while another is used; of a
@@ -394,10 +405,12 @@ class BruteForce:
         seconds = raw.spent + figure("optimizer_s")
         for traffic, compute in ((figure("forward_s"), raw.forward), (figure("backward_s"), raw.backward)):
             seconds = seconds + np.where(raw.numel > 0, traffic - overlap * np.minimum(traffic, compute), 0.0)
-        standing, ending = n * figure("standing_bytes"), n * figure("ending_bytes")
-        return np.stack(
-            [n * seconds, raw.kept + standing, standing + ending, raw.working + figure("in_flight_bytes"), n * raw.sent], axis=1
-        )
+        root = region.key == OUTER
+        standing, ending, flight = (figure(name) for name in ("standing_bytes", "ending_bytes", "in_flight_bytes"))
+        reduced = 0.0 if root else ending
+        late = np.zeros(len(flight)) if root else raw.late + flight - reduced
+        first, kept = raw.first + n * (standing + reduced), raw.kept + n * standing
+        return np.stack([n * seconds, kept, first, n * (standing + ending), n * raw.sent, raw.working + flight, late], axis=1)
 
     # --- one plan ---
 
@@ -417,18 +430,20 @@ class BruteForce:
         return float(rows[0, SECONDS]), float(_peak(rows)[0])
 
 
-SECONDS, KEPT, ENDING, TRANSIENT, HOST = range(5)
+SECONDS, KEPT, FIRST, ENDING, HOST, TRANSIENT, LATE = range(7)
 
 
 def _together(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Every row of one with every row of the other: sums, but of the transient the larger."""
+    """Every row of one with every row of the other: sums, but of the transients the larger."""
     both = one[:, None, :] + other[None, :, :]
-    both[:, :, TRANSIENT] = np.maximum(one[:, None, TRANSIENT], other[None, :, TRANSIENT])
+    for column in (TRANSIENT, LATE):
+        both[:, :, column] = np.maximum(one[:, None, column], other[None, :, column])
     return both.reshape(-1, one.shape[1])
 
 
 def _peak(rows: np.ndarray) -> np.ndarray:
-    return np.maximum(rows[:, KEPT] + rows[:, TRANSIENT], rows[:, ENDING])
+    """The largest of: the start of the blocks' backward, its end with the gradients piled up, the end of backward."""
+    return np.maximum(np.maximum(rows[:, KEPT] + rows[:, TRANSIENT], rows[:, FIRST] + rows[:, LATE]), rows[:, ENDING])
 
 
 def _undominated(rows: np.ndarray) -> np.ndarray:

@@ -16,7 +16,8 @@ from seqloom.emit.program import program_source
 from seqloom.plan.plan import realize
 from seqloom.plan.price import Machine
 from seqloom.plan.regions import build_regions
-from seqloom.plan.solver import Request, solve
+from seqloom.plan.request import Request
+from seqloom.plan.solver import solve
 from seqloom.runtime.program import Program, load_program
 
 PLANS = [(1, None), (2, "sp2"), (2, "tp_sp2"), (2, "tp_plain2"), (4, "sp2,tp2")]

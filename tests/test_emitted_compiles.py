@@ -16,7 +16,8 @@ from seqloom.emit.program import program_source
 from seqloom.plan.plan import realize
 from seqloom.plan.price import Machine
 from seqloom.plan.regions import build_regions
-from seqloom.plan.solver import Request, solve
+from seqloom.plan.request import Request
+from seqloom.plan.solver import solve
 from seqloom.runtime.materialize import materialize
 from seqloom.runtime.mesh import build_mesh
 from seqloom.runtime.parity import random_batches

@@ -6,6 +6,7 @@ strategy that the search space holds, cheap or not, so that every reshard and ev
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import re
 from dataclasses import dataclass
@@ -25,13 +26,14 @@ from seqloom.plan.plan import realize
 from seqloom.plan.price import Machine
 from seqloom.plan.problem import build_problem
 from seqloom.plan.regions import Regions, build_regions
-from seqloom.plan.solver import Decisions, Request, _decisions, solve
+from seqloom.plan.request import Request
+from seqloom.plan.solver import Decisions, _decisions, solve
 from seqloom.plan.space import Axis
-from seqloom.plan.storage import Storage
+from seqloom.plan.storage import storages
 from seqloom.runtime.parity import Difference
 from seqloom.runtime.program import PROGRAM_FILE, load_program
 from seqloom.runtime.shrink import shrink
-from seqloom.runtime.verify import write_program
+from seqloom.runtime.verify import SHORT, write_program
 
 pytestmark = pytest.mark.timeout(1200)
 TOLERANCE = 1e-9
@@ -148,7 +150,7 @@ def chosen_program(case: Chosen, place: Path) -> Path:
 
 
 def _short(case: Chosen) -> int:
-    return 8 * max(case.ranks, 4)
+    return SHORT * max(case.ranks, 4)
 
 
 def chosen_job(case: Chosen, place: Path) -> Job:
@@ -163,12 +165,17 @@ def draw(case: Drawn) -> Decisions:
     regions = captured(case.model, case.batch)[1]
     generator = random.Random(f"{case.model} {case.roles} {case.seed}")
     machine = Machine(load_hardware("cpu"), tuple(Axis(2, role) for role in case.roles), 1)
-    problem = build_problem(regions, machine, Storage(generator.choice((0, 1, 3)), 8, 1), float("inf"), None)
+    hardware = dataclasses.replace(load_hardware("cpu"), host_memory_bytes=2**40)
+    problem = build_problem(regions, machine, Request(0, 1, 1, hardware, 8))
+    storage = generator.choice([storage for zero in range(4) for storage in storages(machine, 8, 1, zero)])
     program = problem.program
+    for columns in problem.layers.values():
+        for column in columns.values():
+            program.upper[column] = 2.0  # of three layers: no segment does the same in all of them
     program.costs = [generator.random() if binary else 0.0 for binary in program.integer]
     solution = program.solve(relaxed=False, time_limit=30, gap=0.2)
     assert solution is not None
-    return _decisions(problem, solution)
+    return _decisions(problem, storage, solution)
 
 
 @cache
@@ -235,8 +242,9 @@ def test_the_planner_chooses_each_way_to_split_where_it_is_best(choices: dict[st
 
 
 def test_little_memory_makes_the_planner_recompute() -> None:
-    assert any(any(flags) for flags in choose(Chosen("llama3_1b", 1, 8192, 2, memory_gib=16)).recompute.values())
-    assert not any(any(flags) for flags in choose(Chosen("llama3_1b", 1, 8192, 2)).recompute.values())
+    kinds = lambda decisions: {mode.kind for segments in decisions.modes.values() for counts in segments for mode, _ in counts}  # noqa: E731
+    assert kinds(choose(Chosen("llama3_1b", 1, 8192, 2, memory_gib=16))) & {"recompute", "selective"}
+    assert kinds(choose(Chosen("llama3_1b", 1, 8192, 2))) == {"keep"}
 
 
 @pytest.mark.parametrize("force", ["sp2,tp2", "sp2,tp_plain2"])
@@ -252,6 +260,12 @@ def test_random_plans_use_reshards_of_every_kind() -> None:
     found = {(name, "partial_grad=True" in text) for case in DRAWN for name, text in re.findall(reshards, drawn_text(case))}
     assert {name for name, _ in found} == {"all_gather", "all_to_all", "all_reduce", "reduce_scatter", "shard", "sum_grad"}
     assert {name for name, partial in found if partial} >= {"all_gather", "shard"}
+
+
+def test_random_plans_use_every_mode() -> None:
+    calls = ("checkpoint(", "keep_matmuls(", "checkpoint_tiles(", "offload(", "spill(", "query_start=")
+    assert {call for call in calls if any(call in drawn_text(case) for case in DRAWN)} == set(calls)
+    assert {re.search(r"ZERO = (\d)", drawn_text(case))[1] for case in DRAWN} == set("0123")
 
 
 def test_random_plans_differ() -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from parity_cases import SEQ_LEN, VOCAB, Case, Data, Split, captured, decide, micro_batches, run_cases, source
 
+from seqloom.plan.modes import RECOMPUTE
 from seqloom.runtime.parity import Difference, compare
 from seqloom.runtime.step import IGNORED
 
@@ -33,8 +34,10 @@ SPLITS = (
     Split("sp2", 2, units=2),
     Split("dp2,tp2", 4, batch=2),
     Split("tp2", 2, units=2),
+    Split("cp2", 2),
+    Split("cp2,sp2", 4),
 )
-ZERO = (0, 1, 3)
+ZERO = (0, 1, 2, 3)
 
 
 def matrix() -> list[Case]:
@@ -71,6 +74,7 @@ def sum_a_projection_twice(text: str) -> str:
 
 
 def forget_to_sum_weight_gradients(text: str) -> str:
+    text = re.sub(r"SHARDED = \(.*?\)", 'SHARDED = ("dp",)', text)
     return re.sub(r"SUM_GRADS = \(.*?\)", "SUM_GRADS = ()", text)
 
 
@@ -146,8 +150,9 @@ def test_a_forced_plan_splits_what_its_name_says(model: str, split: Split) -> No
     assert sorted(mesh.values()) == sorted(int(size) for size in re.findall(r"\d", split.force))
     assert sums == tuple(axis for axis in mesh if not axis.startswith("tp"))
     rows, columns = inputs["labels"]
-    assert (rows is not None, columns is not None) == ("dp" in kinds, "sp" in kinds)
+    assert (rows is not None, columns is not None) == ("dp" in kinds, "sp" in kinds or "cp" in kinds)
     assert "sp" not in kinds or "all_to_all(" in text
+    assert ("query_start=" in text) == ("cp" in kinds)
     weights = [axes["tp"].is_shard() for name, axes in tables["PLACEMENTS"].items() if "proj.weight" in name or "c_" in name]
     assert any(weights) == any(kind.startswith("tp") for kind in kinds)
 
@@ -171,8 +176,9 @@ def test_zero_and_recompute_reach_the_program(model: str, zero: int) -> None:
 def test_recompute_repeats_every_segment_that_can_be() -> None:
     case = Case("llama", Split("sp2", 2), 3, True)
     decisions, regions = decide(case), captured("llama", 1)[1]
-    for key, flags in decisions.recompute.items():
-        assert list(flags) == [segment.recomputable for segment in regions.parts[key].segments]
+    for key, segments in decisions.modes.items():
+        redone = [counts == ((RECOMPUTE, regions.parts[key].count),) for counts in segments]
+        assert redone == [segment.recomputable for segment in regions.parts[key].segments]
 
 
 def test_data_has_a_rank_without_a_label_that_counts() -> None:

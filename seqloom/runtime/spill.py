@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from seqloom.runtime.offload import offload
+from seqloom.runtime.tiles import at_most, pieces
 
 Dims = Sequence[int | None]
 
@@ -30,6 +31,7 @@ def spill(function: Callable[..., Any], *args: Tensor, tiles: int = 1, in_dims: 
     if not torch.is_grad_enabled():
         return function(*args)
     dims = tuple(in_dims) or (None,) * len(args)
+    tiles = 1 if tiles == 1 else at_most(tiles, args, dims)
     return offload(_Spilled.apply, function, tiles, dims, tuple(out_dims), *args)
 
 
@@ -42,7 +44,7 @@ class _Spilled(torch.autograd.Function):
         ctx.save_for_backward(*args)
         if tiles == 1:
             return function(*args)
-        parts = [function(*pieces) for pieces in zip(*(_pieces(a, tiles, d) for a, d in zip(args, in_dims, strict=True)), strict=True)]
+        parts = [function(*cut) for cut in zip(*(pieces(a, tiles, d) for a, d in zip(args, in_dims, strict=True)), strict=True)]
         if isinstance(parts[0], Tensor):
             return torch.cat(parts, out_dims[0])
         return tuple(torch.cat(column, dim) for column, dim in zip(zip(*parts, strict=True), out_dims, strict=True))
@@ -51,25 +53,20 @@ class _Spilled(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         args, tiles = ctx.saved_tensors, ctx.tiles
         wanted = ctx.needs_input_grad[4:]
-        cut_args = [_pieces(arg, tiles, dim) for arg, dim in zip(args, ctx.in_dims, strict=True)]
-        cut_grads = [_pieces(grad, tiles, dim) for grad, dim in zip(grads, ctx.out_dims or (None,) * len(grads), strict=True)]
+        cut_args = [pieces(arg, tiles, dim) for arg, dim in zip(args, ctx.in_dims, strict=True)]
+        cut_grads = [pieces(grad, tiles, dim) for grad, dim in zip(grads, ctx.out_dims or (None,) * len(grads), strict=True)]
         found: list[list[Tensor]] = [[] for _ in args]
         for index in range(tiles):
-            inputs = [pieces[index].detach().requires_grad_(wants) for pieces, wants in zip(cut_args, wanted, strict=True)]
+            inputs = [cut[index].detach().requires_grad_(wants) for cut, wants in zip(cut_args, wanted, strict=True)]
             with torch.enable_grad():
                 outputs = ctx.function(*inputs)
             outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
-            pairs = [(out, pieces[index]) for out, pieces in zip(outputs, cut_grads, strict=True) if out.requires_grad]
+            pairs = [(out, cut[index]) for out, cut in zip(outputs, cut_grads, strict=True) if out.requires_grad]
             torch.autograd.backward([out for out, _ in pairs], [grad for _, grad in pairs])
             for column, given in zip(found, inputs, strict=True):
                 column.append(given.grad)
         joined = [_joined(column, dim) if wants else None for column, dim, wants in zip(found, ctx.in_dims, wanted, strict=True)]
         return None, None, None, None, *joined
-
-
-def _pieces(tensor: Tensor, tiles: int, dim: int | None) -> Sequence[Tensor]:
-    """The tiles of one tensor, nearly equal; the whole tensor for each tile where it is not cut."""
-    return [tensor] * tiles if dim is None or tiles == 1 else torch.tensor_split(tensor, tiles, dim)
 
 
 def _joined(grads: Sequence[Tensor], dim: int | None) -> Tensor:
