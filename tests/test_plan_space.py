@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from math import prod
 
 import pytest
 from hypothesis import given, settings
@@ -11,12 +12,14 @@ from plan_samples import tiny
 
 from seqloom.cost.hardware import load_hardware
 from seqloom.errors import UserError
+from seqloom.plan.clusters import Cluster
 from seqloom.plan.labels import ATTENTION
-from seqloom.plan.placement import B, P, divides
+from seqloom.plan.placement import B, P, S, divides
 from seqloom.plan.plan import Plan, realize
 from seqloom.plan.price import Machine
 from seqloom.plan.regions import Region
-from seqloom.plan.solver import Request, solve
+from seqloom.plan.request import Request
+from seqloom.plan.solver import solve
 from seqloom.plan.space import Axis, parse_force, strategies
 
 H100 = load_hardware("h100-80gb")
@@ -64,14 +67,22 @@ def test_strategies_of_a_mesh_are_the_products_over_its_axes(family):
         for part in region.parts:
             one = [s.splits[0] for s in strategies(region.graph, part, region.labels, (Axis(2, "split"),))]
             two = {s.splits for s in strategies(region.graph, part, region.labels, (Axis(2, "split"), Axis(2, "split")))}
-            assert two <= set(itertools.product(one, one))
+            nested = {option.name: option.after for option in part.classes if option.after}
+            plain = {pair for pair in two if not nested.keys() & set(pair)}
+            assert plain <= set(itertools.product(one, one))
+            assert all(pair[1] in nested and pair[0] in nested[pair[1]] for pair in two - plain), "a nested class only behind its outer one"
             assert {pair for pair in itertools.product(one, one) if pair[0] != pair[1]} <= two
 
 
-def test_a_dimension_is_not_cut_finer_than_its_name_allows():
-    """Two key/value heads: attention may be split in two, not in four, on one axis or on two."""
-    region = tiny("llama", 2).parts["LlamaDecoderLayer"]
+def attention_of(family: str) -> tuple[Region, Cluster]:
+    (region,) = [region for key, region in tiny(family, 2).parts.items() if key]
     (attention,) = [part for part in region.parts if part.nodes[0].op == ATTENTION]
+    return region, attention
+
+
+def test_a_dimension_is_not_cut_finer_than_its_name_allows():
+    """Two key/value heads: attention may be split by them in two, not in four, on one axis or on two."""
+    region, attention = attention_of("llama")
 
     def heads(*sizes: int) -> int:
         found = strategies(region.graph, attention, region.labels, tuple(Axis(n, "sum") for n in sizes))
@@ -81,16 +92,48 @@ def test_a_dimension_is_not_cut_finer_than_its_name_allows():
     assert heads(2) == 1 and heads(4) == 0 and heads(2, 2) == 0
 
 
+@pytest.mark.parametrize(
+    ("sizes", "allowed"),
+    [((2,), False), ((4,), False), ((2, 2), True), ((2, 4), False), ((2, 2, 2), True), ((4, 2), False)],
+)
+def test_query_heads_of_one_key_value_head_are_split_only_where_these_are_split_down_to_one(sizes, allowed):
+    """4 query and 2 key/value heads: `k` on an axis of 2, then `g`, the two query heads of each, on another of 2 inside it."""
+    region, attention = attention_of("llama")
+    found = strategies(region.graph, attention, region.labels, tuple(Axis(n, "sum") for n in sizes))
+    inner = [s for s in found if "g" in s.splits]
+    assert bool(inner) == allowed
+    query, key, value = attention.nodes[0].inputs
+    for strategy in inner:
+        outer, place = strategy.splits.index("k"), strategy.splits.index("g")
+        assert outer < place and sizes[outer] == 2 and sizes[place] == 2
+        assert strategy.layouts[query][place] == S(1) == strategy.layouts[attention.outputs[0]][place]
+        assert strategy.layouts[key][place] == strategy.layouts[value][place] == B, "both ranks use the same key/value head"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from([2, 3, 4]), min_size=1, max_size=3), st.sampled_from(["llama", "qwen3", "gpt2"]))
+def test_a_nested_split_never_comes_before_its_outer_one(sizes, family):
+    """On any mesh: wherever `g` is split, the sizes of the axes before it that split `k` multiply to the number of key/value heads."""
+    region, attention = attention_of(family)
+    kv_heads = region.graph.values[attention.nodes[0].inputs[1]].shape[1]
+    after = {option.name: option.after for option in attention.classes if option.after}
+    for strategy in strategies(region.graph, attention, region.labels, tuple(Axis(n, "sum") for n in sizes)):
+        for place, split in enumerate(strategy.splits):
+            if split in after:
+                before = prod(n for n, s in zip(sizes[:place], strategy.splits, strict=False) if s in after[split])
+                assert before == kv_heads
+
+
 # --- words ---------------------------------------------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.tuples(st.sampled_from(["dp", "sp", "tp", "tp_plain", "tp_sp"]), st.integers(1, 64)), min_size=1, max_size=3))
+@given(st.lists(st.tuples(st.sampled_from(["dp", "sp", "cp", "tp", "tp_plain", "tp_sp"]), st.integers(1, 64)), min_size=1, max_size=3))
 def test_force_texts_are_read_back(parts):
     assert parse_force(",".join(f"{kind}{size}" for kind, size in parts)) == parts
     assert parse_force("x".join(f"{kind}{size}" for kind, size in parts)) == parts
 
 
-@given(st.text(alphabet="dstp_x,0123456789 -", max_size=8))
+@given(st.text(alphabet="cdstp_x,0123456789 -", max_size=8))
 def test_any_other_force_text_is_one_sentence(text):
     try:
         found = parse_force(text)
@@ -144,13 +187,30 @@ def test_forced_dp_splits_the_batch_everywhere(family):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
-def test_forced_sp_splits_the_sequence_of_every_linear_and_the_heads_of_attention(family):
-    for _, cluster, weights, outputs in rows(forced(family, "sp2")):
+@pytest.mark.parametrize(("force", "attention"), [("sp2", {"h", "k", "l"}), ("cp2", {"l"})])
+def test_forced_sp_and_cp_split_the_sequence_of_every_linear(family, force, attention):
+    """Attention is split by heads or by query positions under `sp`, by query positions under `cp`."""
+    seen = 0
+    for _, cluster, weights, outputs in rows(forced(family, force)):
         assert weights <= {"B"}
         if cluster.nodes[0].op == ATTENTION:
-            assert outputs <= {"h", "k"}
+            assert outputs and outputs <= attention
+            seen += 1
         elif weights:
             assert outputs == {"l"}, cluster.name
+    assert seen
+
+
+def test_forced_cp_gathers_keys_and_values_and_no_queries():
+    """Each rank's queries stay; its attention is told where they start and reads all keys and values."""
+    planned = forced("llama", "cp2").regions["LlamaDecoderLayer"]
+    (attention,) = [c for c in planned.clusters if c.cluster.nodes[0].op == ATTENTION]
+    query, key, value = attention.cluster.nodes[0].inputs
+    assert attention.strategy.layouts[query] == (S(2),)
+    assert attention.strategy.layouts[key] == attention.strategy.layouts[value] == (B,), "every rank's use adds to their gradients"
+    assert {r.value for r in attention.reshards} == {key, value}
+    (start,) = [c.start for c in attention.cluster.classes if c.name == attention.strategy.splits[0]]
+    assert start == "query_start"
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
