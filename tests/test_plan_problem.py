@@ -127,22 +127,28 @@ def random_request(rng: random.Random, ranks: int) -> Request:
     )
 
 
-def example(seed: int) -> tuple[BruteForce, Storage, random.Random]:
-    """A random graph on a random machine with a random storage, small enough to try everything."""
+def small(brute: BruteForce) -> bool:
+    """Whether everything can be tried in a moment."""
+    if not brute.feasible or brute.count > MOST:
+        return False
+    return all(counts.rows <= 1000 for counts in brute.counts.values()) and 1 < brute.whole < 1e7
+
+
+def example(seed: int) -> tuple[BruteForce, Storage, np.ndarray, random.Random]:
+    """A random graph on a random machine with a random storage, small enough to try everything, and its frontier. Of every two seeds one
+    gives an example in which a slower combination needs less memory than the fastest.
+    """
     rng = random.Random(seed)
     while True:
         regions, axes = build_regions(random_graph(rng)), rng.choice(MESHES)
         asked = random_request(rng, int(np.prod([axis.size for axis in axes])))
         machine = Machine(asked.hardware, axes, asked.dp)
         brute = BruteForce(regions, machine, asked)
-        if (
-            brute.feasible
-            and brute.whole > 1
-            and brute.count <= MOST
-            and brute.whole < 1e7
-            and all(counts.rows <= 3000 for counts in brute.counts.values())
-        ):
-            return brute, rng.choice(storages(machine, 2, asked.accumulation, None)), rng
+        if small(brute):
+            storage = rng.choice(storages(machine, 2, asked.accumulation, None))
+            frontier = brute.frontier(storage)
+            if len(frontier) > 1 or seed % 2:
+                return brute, storage, frontier, rng
 
 
 # --- one mesh and one storage --------------------------------------------------------------------------------------------------------
@@ -175,10 +181,9 @@ def check_budget(brute: BruteForce, memory: Memory, storage: Storage, frontier: 
 
 def check(seed: int) -> bool:
     """Solve one example under every budget; whether one of them excluded the fastest combination and left another."""
-    brute, storage, rng = example(seed)
+    brute, storage, frontier, rng = example(seed)
     problem = build_problem(brute.regions, brute.machine, brute.request)
     assert problem.feasible == brute.feasible
-    frontier = brute.frontier(storage)
     budgets: Sequence[float] = budgets_of(frontier, rng) if len(frontier) else [float(GIB)]
     for budget in budgets:
         try:
@@ -188,14 +193,10 @@ def check(seed: int) -> bool:
     return len(budgets) > 2
 
 
-TIGHT: dict[int, bool] = {}
-
-
 @pytest.mark.parametrize("batch", range(BATCHES))
 def test_the_program_finds_what_trying_everything_finds(batch):
+    """312 graphs in all; in half of them, by how they are drawn, some budget excludes the fastest combination and leaves another."""
     size = GRAPHS // BATCHES
-    for seed in range(size * batch, size * (batch + 1)):
-        TIGHT[seed] = check(seed)
-    mine = [TIGHT[seed] for seed in range(size * batch, size * (batch + 1))]
-    print(f"{sum(mine)} of {len(mine)} graphs under memory that excludes the fastest combination")
-    assert 3 * sum(mine) >= len(mine), "memory must bind in a third of the examples"
+    tight = [check(seed) for seed in range(size * batch, size * (batch + 1))]
+    print(f"{sum(tight)} of {len(tight)} graphs under memory that excludes the fastest combination")
+    assert GRAPHS >= 300 and 3 * sum(tight) >= len(tight), "memory must bind in a third of the examples"

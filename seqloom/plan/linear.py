@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
 from scipy.sparse import csr_matrix
 
 Term = tuple[int, float]
-OPTIMAL, TIME_LIMIT = 0, 1  # statuses of scipy.optimize.milp
+OPTIMAL, TIME_LIMIT, INFEASIBLE = 0, 1, 2  # statuses of scipy.optimize.milp
 LARGEST_COST = 1000.0
 
 
@@ -75,13 +75,20 @@ class LinearProgram:
         costs = np.array(self.costs)
         scale = LARGEST_COST / max(float(np.max(np.abs(costs), initial=0.0)), 1e-30)
         matrix = csr_matrix((self._entries, (self._rows, self._columns)), shape=(len(self._low), len(self.costs)))
-        result = milp(
-            costs * scale,
-            integrality=np.zeros(len(self.costs)) if relaxed else np.array(self.integer),
-            bounds=Bounds(0.0, np.array(self.upper)),
-            constraints=LinearConstraint(matrix, np.array(self._low), np.array(self._high)),
-            options={"time_limit": time_limit, "mip_rel_gap": gap},
-        )
+
+        def run(presolve: bool) -> OptimizeResult:
+            return milp(
+                costs * scale,
+                integrality=np.zeros(len(self.costs)) if relaxed else np.array(self.integer),
+                bounds=Bounds(0.0, np.array(self.upper)),
+                constraints=LinearConstraint(matrix, np.array(self._low), np.array(self._high)),
+                options={"time_limit": time_limit, "mip_rel_gap": gap, "presolve": presolve},
+            )
+
+        result = run(presolve=True)
+        if result.status == INFEASIBLE and not relaxed:  # presolve may err where only a ten-thousandth of the memory is left
+            second = run(presolve=False)
+            result = second if second.x is not None else result
         if result.x is None and result.status == TIME_LIMIT:
             raise OutOfTime
         if result.x is None:
