@@ -52,7 +52,10 @@ class Raw:
     kept: np.ndarray
     first: np.ndarray
     working: np.ndarray
+    working_host: np.ndarray
     late: np.ndarray
+    late_host: np.ndarray
+    staying: np.ndarray
     sent: np.ndarray
     numel: np.ndarray
 
@@ -165,7 +168,7 @@ class BruteForce:
         if key not in self._raw:
             found = [self.at(region, chosen, slots, self.counts[region.key]) for chosen in self._arrangements(region)]
             columns = zip(*[row for row in found if row is not None], strict=True)
-            empty = [np.zeros(0)] * 9
+            empty = [np.zeros(0)] * 12
             self._raw[key] = Raw(*([np.concatenate(column) for column in columns] or empty))
         return self._raw[key]
 
@@ -339,11 +342,11 @@ class BruteForce:
         total = sum((layers * float(self._nbytes(region, key)) for key, layers in most.items()), np.zeros(counts.rows))
         return total, total / region.count
 
-    def _working(self, region: Region, chosen: Chosen, layouts: Mapping[str, Layout], counts: Counts) -> tuple[np.ndarray, np.ndarray]:
+    def _working(self, region: Region, chosen: Chosen, layouts: Mapping[str, Layout], counts: Counts) -> list[np.ndarray]:
         """The largest cluster's gradients and temporaries with what its segment brings back: unless the last layers made room for it, and
-        in any case.
+        in any case; each where no host memory is used and where it is. Last, the largest call that moves to the host.
         """
-        largest, late = np.zeros(counts.rows), np.zeros(counts.rows)
+        device, host, late, late_host, staying = (np.zeros(counts.rows) for _ in range(5))
         for g in range(len(region.segments)) if region.segments else (None,):
             own = max((cost.working_bytes for i, (_, cost) in enumerate(chosen) if region.segment_of(i) == g), default=0)
             layers_of = counts.layers[g] if g is not None else {KEEP: np.full(counts.rows, region.count)}
@@ -352,9 +355,19 @@ class BruteForce:
             made_up = keeping >= np.where(offloading, 2, 1)
             for mode, layers in layers_of.items():
                 back = self._back(region, chosen, layouts, g, mode)
-                largest = np.maximum(largest, np.where(layers > 0, own / mode.tiles + np.where(made_up, 0.0, back), 0.0))
-                late = np.maximum(late, np.where(layers > 0, own / mode.tiles + back, 0.0))
-        return largest, late
+                whole = np.where(layers > 0, own / mode.tiles + np.where(made_up, 0.0, back), 0.0)
+                last = np.where(layers > 0, own / mode.tiles + back, 0.0)
+                if mode.kind in ("offload", "spill"):
+                    host, late_host = np.maximum(host, whole), np.maximum(late_host, last)
+                    staying = np.maximum(staying, np.where(layers > 0, self._moves(region, chosen, layouts, g, mode), 0.0))
+                else:
+                    device, late = np.maximum(device, whole), np.maximum(late, last)
+        return [device, host, late, late_host, staying]
+
+    def _moves(self, region: Region, chosen: Chosen, layouts: Mapping[str, Layout], g: int | None, mode: Mode) -> float:
+        """Bytes that one call sends to host memory."""
+        keys = self._saved(region, chosen, g) if mode.kind == "offload" else self._starts(region, layouts, g)
+        return float(sum(self._nbytes(region, key) for key in keys))
 
     def _back(self, region: Region, chosen: Chosen, layouts: Mapping[str, Layout], g: int | None, mode: Mode) -> float:
         """Bytes that a mode brings back for one layer: what autograd saves, twice where one call is fetched while another is used; of a
@@ -408,9 +421,10 @@ class BruteForce:
         root = region.key == OUTER
         standing, ending, flight = (figure(name) for name in ("standing_bytes", "ending_bytes", "in_flight_bytes"))
         reduced = 0.0 if root else ending
-        late = np.zeros(len(flight)) if root else raw.late + flight - reduced
+        late = [np.zeros(len(flight)) if root else size + flight - reduced for size in (raw.late, raw.late_host)]
+        working = [size + flight for size in (raw.working, raw.working_host)]
         first, kept = raw.first + n * (standing + reduced), raw.kept + n * standing
-        return np.stack([n * seconds, kept, first, n * (standing + ending), n * raw.sent, raw.working + flight, late], axis=1)
+        return np.stack([n * seconds, kept, first, n * (standing + ending), n * raw.sent, *working, *late, raw.staying], axis=1)
 
     # --- one plan ---
 
@@ -430,20 +444,23 @@ class BruteForce:
         return float(rows[0, SECONDS]), float(_peak(rows)[0])
 
 
-SECONDS, KEPT, FIRST, ENDING, HOST, TRANSIENT, LATE = range(7)
+SECONDS, KEPT, FIRST, ENDING, HOST, TRANSIENT, TRANSIENT_HOST, LATE, LATE_HOST, STAYING = range(10)
 
 
 def _together(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Every row of one with every row of the other: sums, but of the transients the larger."""
     both = one[:, None, :] + other[None, :, :]
-    for column in (TRANSIENT, LATE):
+    for column in (TRANSIENT, TRANSIENT_HOST, LATE, LATE_HOST, STAYING):
         both[:, :, column] = np.maximum(one[:, None, column], other[None, :, column])
     return both.reshape(-1, one.shape[1])
 
 
 def _peak(rows: np.ndarray) -> np.ndarray:
     """The largest of: the start of the blocks' backward, its end with the gradients piled up, the end of backward."""
-    return np.maximum(np.maximum(rows[:, KEPT] + rows[:, TRANSIENT], rows[:, FIRST] + rows[:, LATE]), rows[:, ENDING])
+    elsewhere = rows[:, STAYING]
+    start = rows[:, KEPT] + np.maximum(rows[:, TRANSIENT] + elsewhere, rows[:, TRANSIENT_HOST])
+    last = rows[:, FIRST] + np.maximum(rows[:, LATE] + elsewhere, rows[:, LATE_HOST])
+    return np.maximum(np.maximum(start, last), rows[:, ENDING])
 
 
 def _undominated(rows: np.ndarray) -> np.ndarray:

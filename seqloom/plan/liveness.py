@@ -93,24 +93,48 @@ class _Walk:
             self._kept[key] = sum(_nbytes(self.plan, planned, k) for k in _kept(planned, modes))
         return self._kept[key]
 
+    @cached_property
+    def moved(self) -> list[tuple[int, float]]:
+        """The calls of segments that use host memory, in order: of which block call, and the bytes that they move."""
+        found = []
+        for index, (key, layer) in enumerate(self.calls):
+            planned = self.plan.regions[key]
+            for segment in planned.segments:
+                keys = moved_keys(planned, segment, mode_of_layer(segment.modes, layer))
+                if keys:
+                    found.append((index, sum(_nbytes(self.plan, planned, key) for key in keys)))
+        return found
+
+    def staying(self, index: int) -> float:
+        """The largest call that may be on the device, although it uses host memory, while another segment of a block call is at work."""
+        own = [nbytes for call, nbytes in self.moved if call == index]
+        before = [nbytes for call, nbytes in self.moved if call < index]
+        return max([*own, *before[-1:]], default=0.0)
+
     def forward(self) -> Iterator[Point]:
         alive = self.before
-        for call in self.calls:
+        for index, call in enumerate(self.calls):
             planned = self.plan.regions[call[0]]
             alive += self.kept(call)
             working = max(_working(segment, mode_of_layer(segment.modes, call[1])) for segment in planned.segments)
-            yield self.point(f"forward of {_name(call)}", self.groups[call[0]].flight_gathered_bytes, 0.0, alive, working)
+            staying = self.staying(index)
+            yield self.point(f"forward of {_name(call)}", self.groups[call[0]].flight_gathered_bytes, 0.0, alive + staying, working)
         outer = self.groups[OUTER]
         working = max((c.price.working_bytes for c in self.plan.outer.clusters), default=0)
         gathered, gradient = outer.flight_gathered_bytes, outer.flight_gradient_bytes
-        yield self.point("head and loss", gathered, gradient, alive + self.behind, working)
+        staying = self.moved[-1][1] if self.moved else 0.0
+        yield self.point("head and loss", gathered, gradient, alive + self.behind + staying, working)
 
     def backward(self) -> Iterator[Point]:
         alive, piled = self.before + sum(self.kept(call) for call in self.calls), 0.0
         persists = self.plan.storage.accumulation > 1
-        for call in reversed(self.calls):
+        for index, call in reversed([*enumerate(self.calls)]):
             planned, group = self.plan.regions[call[0]], self.groups[call[0]]
-            working = max(_transient(self.plan, planned, segment, mode_of_layer(segment.modes, call[1])) for segment in planned.segments)
+            working = 0.0
+            for segment in planned.segments:
+                mode = mode_of_layer(segment.modes, call[1])
+                beside = 0.0 if mode.kind in HOST else self.staying(index)
+                working = max(working, beside + _transient(self.plan, planned, segment, mode))
             yield self.point(f"backward of {_name(call)}", group.flight_gathered_bytes, piled + group.flight_gradient_bytes, alive, working)
             alive -= self.kept(call)
             piled += 0.0 if persists else group.ending_bytes
@@ -184,9 +208,13 @@ def offloaded_bytes(plan: Plan, planned: PlannedRegion) -> float:
     total = 0.0
     for segment in planned.segments:
         for mode, count in segment.modes:
-            keys = saved_keys(planned, segment) if mode.kind == "offload" else _held(planned, segment) if mode.kind == "spill" else ()
-            total += count * sum(_nbytes(plan, planned, key) for key in keys)
+            total += count * sum(_nbytes(plan, planned, key) for key in moved_keys(planned, segment, mode))
     return total
+
+
+def moved_keys(planned: PlannedRegion, segment: PlannedSegment, mode: Mode) -> set[Key]:
+    """Storages that one call of a segment sends to host memory."""
+    return saved_keys(planned, segment) if mode.kind == "offload" else _held(planned, segment) if mode.kind == "spill" else set()
 
 
 def _held(planned: PlannedRegion, segment: PlannedSegment) -> set[Key]:

@@ -2,8 +2,8 @@
 
 The rule, in bytes on one rank (`budget` at most):
 
-  where the backward of the last layers runs   standing + kept + transient
-  where that of the first layer runs           standing + reduced gradients of the others + what a layer keeps + late
+  where the backward of the last layers runs   standing + kept + staying + transient
+  where that of the first layer runs           standing + reduced gradients of the others + what a layer keeps + staying + late
   at the end of backward                       standing + what its end adds (`seqloom/plan/storage.py`)
 
 In between it is less: layers keep no less than those before them, so the sum of what is kept and what has piled up is convex in time.
@@ -15,6 +15,9 @@ what its segment must bring back first. Nothing is counted as brought back where
 reaches a layer that brings back, they have freed as much (two of them where host memory is used, because one call is fetched while
 another is used). `late` is the same for the clusters of blocks, with all that is brought back.
 
+The last call that uses host memory keeps its activations on the device until the backward has used them, and before that the next one's
+are there: `staying`. It adds to all that happens elsewhere; where host memory is used itself, both calls are in what is brought back.
+
 Variables:
   kept[v, L]       share of the layers that keep value v in layout L                      `_kept_rows`
   saved[g, v, L]   autograd saves v in L inside segment g                                 `_saved_variables`
@@ -23,6 +26,7 @@ Variables:
   back[g]          enough last layers of segment g keep                                   `_transient_rows`
   flight[r]        parameters in flight while the backward of region r runs               `add_storage`
   moving[r]        the same without the reduced gradients that pile up                    `add_storage`
+  staying          the largest call that uses host memory                                 `_transient_rows`
   transient, late  as above                                                               `_transient_rows`
   hidden           seconds of a region's traffic beyond the compute beside it             `_host_traffic`, `add_storage`
 
@@ -54,12 +58,13 @@ Savers = dict[Key, dict[int, list[int]]]  # storage -> cluster -> variables of t
 @dataclass
 class Memory:
     """A copy of the program of `problem` with the rows of activations, and the columns that `add_storage` completes: `kept` terms of the
-    budget and `first` ones of one layer, the transients, parameters in flight by region.
+    budget and `first` ones of one layer, what stays of a call that uses host memory, the transients, parameters in flight by region.
     """
 
     problem: Problem
     program: LinearProgram
     unit: float
+    staying: int
     transient: int
     late: int
     flight: dict[str, int] = field(default_factory=dict)
@@ -72,7 +77,7 @@ class Memory:
 def add_memory(problem: Problem, budget_bytes: float) -> Memory:
     """What activations need, for every storage alike."""
     program = problem.program.copy()
-    memory = Memory(problem, program, max(budget_bytes, 1.0), program.variable(), program.variable())
+    memory = Memory(problem, program, max(budget_bytes, 1.0), program.variable(), program.variable(), program.variable())
     host: list[Term] = []
     for region in problem.regions.parts.values():
         memory.flight[region.key], memory.moving[region.key] = program.variable(), program.variable()
@@ -288,12 +293,17 @@ def _brought_back(memory: Memory, region: Region, segment: int | None, savers: S
             elif mode.kind == "recompute" or name not in products:
                 back[mode].append((made, nbytes / mode.tiles))
     for mode in modes:
-        for name in inputs if whole_inputs(mode) else ():
-            if region.graph.values[name].requires_grad:
-                for layout, columns in problem.sources[region.key, name].items():
-                    nbytes = whole_inputs(mode) * _nbytes(memory, region, (name, layout))
-                    back[mode] += [(column, nbytes) for column in columns]
+        if whole_inputs(mode):
+            back[mode] += [(column, whole_inputs(mode) * nbytes) for column, nbytes in _input_bytes(memory, region, segment)]
     return back
+
+
+def _input_bytes(memory: Memory, region: Region, segment: int | None) -> Iterator[Term]:
+    """Bytes of the inputs of a segment that a replay starts from, by the choices that bring them."""
+    for name in region.segments[segment].inputs:
+        if region.graph.values[name].requires_grad:
+            for layout, columns in memory.problem.sources[region.key, name].items():
+                yield from ((column, _nbytes(memory, region, (name, layout))) for column in columns)
 
 
 def whole_inputs(mode: Mode) -> int:
@@ -305,7 +315,10 @@ def whole_inputs(mode: Mode) -> int:
 
 
 def _transient_rows(memory: Memory, region: Region, segment: int | None, back: Mapping[Mode, list[Term]]) -> None:
-    """transient, late >= in flight + working + brought back, for every mode that is used; transient but where that is made up for."""
+    """transient, late >= in flight + working + brought back, for every mode that is used; transient but where that is made up for.
+
+    What is brought back from the host holds what stays there.
+    """
     problem, program, block = memory.problem, memory.program, region.key != OUTER
     layers, used = _modes(problem, region, segment), memory.used[region.key, segment]
     working, most = program.variable(), 0.0
@@ -324,8 +337,14 @@ def _transient_rows(memory: Memory, region: Region, segment: int | None, back: M
         limit = most / mode.tiles + sum(entry for _, entry in returned)
         terms = [(working, -1.0 / mode.tiles), *((c, -entry) for c, entry in returned), (column, -limit)]
         made_up = [] if mode == KEEP or enough is None else [(enough, limit)]
-        program.constrain([*whole, *terms, *made_up], -limit)
-        program.constrain([*late, *terms], -limit)
+        held = []
+        if mode.kind in HOST:
+            held = [(memory.staying, 1.0)]
+            moved = [(c, entry / 2) for c, entry in returned] if mode.kind == "offload" else [*_input_bytes(memory, region, segment)]
+            most_moved = sum(entry for _, entry in moved)
+            program.constrain([*held, *((c, -entry) for c, entry in moved), (column, -most_moved)], -most_moved)
+        program.constrain([*whole, *held, *terms, *made_up], -limit)
+        program.constrain([*late, *held, *terms], -limit)
 
 
 def _enough_kept(program: LinearProgram, layers: Mapping[Mode, int], used: Mapping[Mode, int]) -> int | None:
@@ -360,7 +379,11 @@ def add_bound(memory: Memory, choices: Sequence[Storage]) -> LinearProgram:
 
 def _complete(memory: Memory, storage: Storage, traffic_of: Sequence[Storage], leanest: bool) -> LinearProgram:
     problem, program = memory.problem, memory.program.copy()
-    total, piled, ending = [*memory.kept, (memory.transient, 1.0)], [*memory.first, (memory.late, 1.0)], []
+    total, piled, ending = (
+        [*memory.kept, (memory.staying, 1.0), (memory.transient, 1.0)],
+        [*memory.first, (memory.staying, 1.0), (memory.late, 1.0)],
+        [],
+    )
     for region in problem.regions.parts.values():
         root = region.key == OUTER
         slope, latency = _affine(problem, storage, traffic_of, root)
