@@ -156,9 +156,9 @@ def explain_command(args: Sequence[str], prog: str) -> int:
     """Show what a plan chose, what the runners-up would cost, what binds, and what would help."""
     config = parse(ExplainArguments, prog, args)
     folder = config.program.folder
-    from seqloom.plan.explain import PLAN, run
+    from seqloom.plan.explain import run
 
-    if config.advice and (folder / PLAN).is_file():
+    if config.advice and (folder / "plan.json").is_file():
         from seqloom.emit.advice import advise
         from seqloom.report.plan_page import PAGE
 

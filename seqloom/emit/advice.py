@@ -72,7 +72,7 @@ def changes(request: CompileRequest, hardware: Hardware) -> Iterator[Change]:
     fastest = min(kernels, key=lambda kernel: 1 / kernels[kernel].forward + BACKWARD_SHARE / kernels[kernel].backward)
     if fastest != next(iter(kernels)):
         yield Change(f"--attention_kernel {fastest}", request, hardware.with_attention_kernel(fastest))
-    if request.seq_len > 1:
+    if request.seq_len % 2 == 0:
         batches = 2 * request.grad_accumulation_steps
         yield Change("half the sequence length", replace(request, seq_len=request.seq_len // 2, grad_accumulation_steps=batches), hardware)
 

@@ -1,14 +1,15 @@
 """Planning without emitting: the best plan for a request, as the document that `plan.json` holds, for `explain` and `sweep`.
 
-The same capture serves every machine. Searches are shorter than those of a compile: meshes have at most two axes, plans within `GAP`
-count as equal, and a request that no plan answers is told in a clause, without looking for the nearest one that fits.
+The same capture serves every machine. Searches are shorter than those of a compile: plans within `GAP` count as equal, meshes have at most
+two axes, and beside them only the one of three that splits attention by key/value heads, query heads and positions where there are more
+ranks than heads. A request that no plan answers is told in a clause, without looking for the nearest one that fits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from math import prod
+from math import gcd, prod
 from typing import Any
 
 from seqloom.capture.cache import Cache
@@ -19,6 +20,7 @@ from seqloom.emit.request import CompileRequest
 from seqloom.errors import UserError
 from seqloom.plan.document import plan_document
 from seqloom.plan.evaluate import evaluate
+from seqloom.plan.labels import ATTENTION
 from seqloom.plan.plan import realize
 from seqloom.plan.price import Machine
 from seqloom.plan.problem import build_problem
@@ -29,7 +31,7 @@ from seqloom.plan.storage import STATE_BYTES
 
 GAP = 2e-3  # share of a step below which two plans count as equal
 TIME_LIMIT_S = 8.0  # of one program
-MOST_AXES = 2  # of a mesh: three cost most of the time of a search and are seldom better
+MOST_AXES = 2  # of a mesh: all of three axes would take most of the time of a search
 
 
 def capture_regions(cache: Cache, config: ModelConfig, request: CompileRequest) -> Regions:
@@ -48,17 +50,50 @@ def capture_regions(cache: Cache, config: ModelConfig, request: CompileRequest) 
 
 def best_plan(regions: Regions, request: CompileRequest, hardware: Hardware) -> dict[str, Any]:
     """The best plan as a document. Raises `UserError` where there is none, in one clause."""
-    asked = replace(planner_request(request, hardware), gap=GAP, time_limit_s=TIME_LIMIT_S, most_axes=MOST_AXES)
     if request.runtime_ngpus > hardware.links[-1].ranks_per_group:
         raise UserError(f"{hardware.name} joins at most {hardware.links[-1].ranks_per_group} ranks")
-    decisions, solver = solve(regions, asked, _why_not)
-    plan = realize(regions, decisions, Machine(hardware, decisions.axes, request.dp))
-    return plan_document(plan, evaluate(plan), solver, {})
+    found, refusals = [], []
+    for asked in _searches(regions, planner_request(request, hardware)):
+        try:
+            decisions, solver = solve(regions, asked, _why_not)
+        except UserError as error:
+            refusals.append(error)
+            continue
+        plan = realize(regions, decisions, Machine(hardware, decisions.axes, request.dp))
+        found.append((evaluate(plan), plan, solver))
+    if not found:
+        raise refusals[0]
+    evaluation, plan, solver = min(found, key=lambda one: one[0].step_s)
+    return plan_document(plan, evaluation, solver, {})
+
+
+def _searches(regions: Regions, request: Request) -> Iterator[Request]:
+    """The search over meshes of few axes, and where it may miss the best mesh one over that mesh alone."""
+    asked = replace(request, gap=GAP, time_limit_s=TIME_LIMIT_S, most_axes=MOST_AXES)
+    yield asked
+    mesh = None if request.force else hybrid_mesh(regions, request.ranks)
+    if mesh is not None:
+        yield replace(asked, force=mesh)
+
+
+def hybrid_mesh(regions: Regions, ranks: int) -> str | None:
+    """`--force` for attention split by key/value heads, by the query heads of each and by positions (`sp8,sp4,cp2` for 64 ranks, 32 query
+    heads and 8 key/value heads); None where fewer axes will do. Positions come last: causal attention is least even over them.
+    """
+    for part in regions.parts.values():
+        for node in (node for cluster in part.parts for node in cluster.nodes if node.op == ATTENTION):
+            queries, keys = (part.graph.values[name].shape[1] for name in node.inputs[:2])
+            by_key = gcd(ranks, keys)
+            by_query = gcd(ranks // by_key, queries // keys)
+            sizes = (by_key, by_query, ranks // by_key // by_query)
+            return "sp{},sp{},cp{}".format(*sizes) if min(sizes) > 1 else None
+    return None
 
 
 def _why_not(regions: Regions, request: Request) -> str:
     """A clause for a request that no plan answers."""
-    machines = [Machine(request.hardware, axes, request.dp) for axes in candidate_meshes(request) if len(axes) < 2]
+    meshes = [axes for axes in candidate_meshes(request) if request.force or len(axes) < 2]
+    machines = [Machine(request.hardware, axes, request.dp) for axes in meshes]
     if not any(build_problem(regions, machine, request).feasible for machine in machines):
         return f"its sizes do not divide over {request.ranks} ranks"
     parameters = sum(region.count * prod(value.shape) for region in regions.parts.values() for value in region.graph.of_kind("parameter"))
@@ -70,11 +105,14 @@ def _why_not(regions: Regions, request: Request) -> str:
 
 
 def plan_words(plan: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Mesh, storage and modes of a plan's document in short: `sp 8`, `ZeRO 3 over sp`, `recompute 25/128`."""
+    """Mesh, storage and modes of a plan's document in short: `sp 8`, `ZeRO 3`, `recompute 17%`. Storage names its axes where it leaves
+    copies on others; modes end with the compute that all ranks of an axis repeat.
+    """
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items()) or "one rank"
-    over = "+".join(plan["storage"]["sharded"])
-    storage = f"ZeRO {plan['storage']['zero']}" + (f" over {over}" if over else "")
-    return mesh, storage, _modes(plan)
+    stored = plan["storage"]
+    over = " over " + "+".join(stored["sharded"]) if stored["sharded"] and stored["replicated"] else ""
+    again = [f"{share:.0%} repeated on {axis}" for axis, share in plan["repeated"].items()]
+    return mesh, f"ZeRO {stored['zero']}{over}", ", ".join([_modes(plan), *again])
 
 
 def _modes(plan: Mapping[str, Any]) -> str:
@@ -86,4 +124,4 @@ def _modes(plan: Mapping[str, Any]) -> str:
                 if mode not in ("tiles", "kept"):
                     counts[mode] = counts.get(mode, 0) + count
     total = sum(counts.values())
-    return ", ".join(f"{mode} {count}/{total}" for mode, count in counts.items() if count and mode != "keep") or "keep all"
+    return ", ".join(f"{mode} {count / total:.0%}" for mode, count in counts.items() if count and mode != "keep") or "keep all"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import re
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass, fields
@@ -23,20 +24,18 @@ from seqloom.emit.request import CompileRequest
 from seqloom.errors import UserError
 
 SUFFIXES = {"": 1, "K": 2**10, "M": 2**20}
-COLUMNS = (  # title, width; numbers stand to the right
-    ("tokens", 7),
+COLUMNS = (  # title, width; all but the machine are numbers and stand to the right
+    ("tokens", 6),
     ("GPUs", 5),
-    ("hardware", 14),
-    ("mesh", 15),
-    ("storage", 22),
-    ("modes", 36),
+    ("hardware", 10),
     ("step s", 9),
-    ("tok/s/GPU", 10),
+    ("tok/s/GPU", 9),
     ("MFU", 6),
-    ("GiB", 7),
-    ("took s", 7),
+    ("GiB", 6),
+    ("took s", 6),
 )
-NUMBERS = ("tokens", "GPUs", "step s", "tok/s/GPU", "MFU", "GiB", "took s")
+LEFT = ("hardware",)
+WIDTH = 120
 
 
 @dataclass(frozen=True)
@@ -76,8 +75,10 @@ def run(asked: Sweep, csv_file: Path | None, write: Callable[[str], None]) -> in
     Raises `UserError` for an unknown model or machine, and for a file that cannot be written.
     """
     machines = [load_hardware(name) for name in asked.hardware]
-    write(_format([title for title, _ in COLUMNS]))
     lines: list[Line] = []
+    if csv_file is not None:
+        write_csv(csv_file, lines)  # a file that cannot be written is told before the searches
+    write(_format([title for title, _ in COLUMNS], "plan, or why there is none"))
     for line in sweep(asked, machines):
         lines.append(line)
         write(_show(line))
@@ -125,19 +126,27 @@ def _line(plan: dict[str, Any], gpus: int, seconds: float) -> Line:
 
 
 def _show(line: Line) -> str:
-    start = [tokens_text(line.seq_len), str(line.gpus), line.hardware]
-    if line.reason:
-        return f"{_format(start)}{line.reason} ({line.seconds:.1f} s)"
-    figures = [f"{line.step_time_s:.3f}", f"{line.tokens_per_s_per_gpu:,.0f}", f"{line.mfu_causal:.1%}", f"{line.peak_memory_gib:.1f}"]
-    return _format([*start, line.mesh, line.storage, line.modes, *figures, f"{line.seconds:.1f}"])
+    figures = [
+        "" if value is None else format(value, spec)
+        for value, spec in (
+            (line.step_time_s, ",.3f"),
+            (line.tokens_per_s_per_gpu, ",.0f"),
+            (line.mfu_causal, ".1%"),
+            (line.peak_memory_gib, ".1f"),
+            (line.seconds, ".1f"),
+        )
+    ]
+    words = line.reason or ", ".join((line.mesh, line.storage, line.modes))
+    return _format([tokens_text(line.seq_len), str(line.gpus), line.hardware, *figures], words)
 
 
-def _format(cells: Sequence[str]) -> str:
-    """Cells under their titles, two blanks apart; what is too wide pushes the rest."""
-    texts = []
-    for cell, (title, width) in zip(cells, COLUMNS, strict=False):
-        texts.append(f"{cell:>{width}}  " if title in NUMBERS else f"{cell:<{width}}  ")
-    return "".join(texts) if len(cells) < len(COLUMNS) else "".join(texts).rstrip()
+def _format(cells: Sequence[str], words: str) -> str:
+    """Cells under their titles, two blanks apart, and the words in what is left of the line and as many more as they need."""
+    start = "".join(
+        f"{cell:<{width}}  " if title in LEFT else f"{cell:>{width}}  " for cell, (title, width) in zip(cells, COLUMNS, strict=True)
+    )
+    indent = sum(width + 2 for _, width in COLUMNS)
+    return textwrap.fill(words, WIDTH, initial_indent=start, subsequent_indent=" " * indent)
 
 
 def write_csv(path: Path, lines: Sequence[Line]) -> None:

@@ -1,7 +1,8 @@
 """Which constraint binds a plan: memory, arithmetic or communication, in one sentence.
 
-Role in the pipeline: after `evaluate`, for `plan.json`. Memory binds where the step would be shorter by more than `NOTABLE` if there were
-no limit (`SolverReport.unlimited_s`, a bound for the same mesh); otherwise what takes the larger part of the step.
+Role in the pipeline: after `evaluate`, for `plan.json`. Memory binds where the plan fills most of it and the step would be shorter by more
+than `NOTABLE` if there were no limit (`SolverReport.unlimited_s`, a bound for the same mesh); otherwise what takes the larger part of the
+step.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from seqloom.plan.plan import Plan
 from seqloom.plan.solver import SolverReport
 
 NOTABLE = 0.005  # share of a step
+FULL = 0.75  # share of the memory below which it is not what binds: the bound may lie below what any plan reaches
 COMPUTE = ("forward", "backward", "recompute", "optimizer")
 
 
 def binding(plan: Plan, evaluation: Evaluation, solver: SolverReport) -> dict[str, str]:
     """`constraint` (memory, compute or communication) and `sentence`."""
     step_s, time = evaluation.step_s, evaluation.time
-    if solver.unlimited_s is not None:
+    if solver.unlimited_s is not None and evaluation.peak_bytes > FULL * plan.machine.hardware.usable_bytes:
         unlimited = solver.unlimited_s * plan.storage.accumulation
         if unlimited < (1 - NOTABLE) * step_s:
             return {"constraint": "memory", "sentence": _memory(plan, evaluation, unlimited)}
@@ -37,7 +39,8 @@ def _memory(plan: Plan, evaluation: Evaluation, unlimited: float) -> str:
     spent = " and ".join(f"{_seconds(seconds)} of {name}" for name, seconds in costs if seconds)
     saved = evaluation.step_s - unlimited
     return (
-        f"Memory binds: without its limit a step on this mesh could take {_seconds(unlimited)}, {saved / evaluation.step_s:.1%} less; "
+        f"Memory binds: without its limit a step on this mesh could take {_seconds(unlimited)} at best, "
+        f"{saved / evaluation.step_s:.1%} less; "
         f"{f'the price is {spent}; ' if spent else ''}{_room(plan, evaluation)}."
     )
 

@@ -61,7 +61,8 @@ def _head(plan: Row, program: Row) -> Iterator[str]:
     config = program.get("config", {})
     ranks = prod(plan["mesh"].values()) * plan["dp"]
     layers = config.get("num_hidden_layers", config.get("n_layer"))
-    names = [*config.get("architectures", ()), *([_count(layers, "layer")] if layers else [])]
+    model = config.get("architectures") or [config["model_type"]] if config else []
+    names = [*model, *([_count(layers, "layer")] if layers else [])]
     batches = plan["grad_accumulation_steps"]
     tokens = (
         f"{_count(batches, 'micro-batch', 'micro-batches')} of {_count(plan['micro_batch_size'], 'sequence')} of {plan['seq_len']:,} tokens"
@@ -76,7 +77,7 @@ def _head(plan: Row, program: Row) -> Iterator[str]:
         f"{plan['mfu_full']:.1%} counting full attention",
     )
     if "binding" in plan:
-        yield from _entry("binds", plan["binding"]["sentence"])
+        yield from _entry("limit", plan["binding"]["sentence"])
     for axis, share in plan["repeated"].items():
         yield from _entry("repeated", f"{share:.0%} of the compute runs whole on every rank of {axis}")
     solver = plan["solver"]
@@ -125,7 +126,7 @@ def _block(block: str, rows: Sequence[Row], segments: Mapping[str, Row]) -> Iter
     """Every operator and reshard of a block, under the segment it lies in."""
     layers = next((sum(count for _, count in _modes(row)) for row in segments.values()), 1)
     yield from ("", f"{block} x {layers}, ms of one call" if segments else "Around the blocks, ms")
-    yield f"  {'operator':<34}{'split':<24}{'forward':>10}{'backward':>10}  {'runner-up':<18}its price a step"
+    yield f"  {'operator':<29}{'split':<22}{'forward':>9}{'backward':>10}  {'runner-up':<18}its price a step"
     segment = None
     for row in rows:
         if row.get("segment", segment) != segment:
@@ -151,22 +152,25 @@ def _mode_words(row: Row) -> str:
 
 def _operator(row: Row) -> str:
     constants = "".join(f" {name}={value}" for name, value in row.get("constants", {}).items())
-    line = f"  {_clip(row['operator'] + constants, 33):<34}{_clip(_letters(row['strategy']), 23):<24}{_times(row)}"
-    other = row.get("runner_up")
-    return f"{line}  {_clip(_letters(other['strategy']), 17):<18}{_price(other)}" if other else line
+    line = f"  {_clip(row['operator'] + constants, 28):<29}{_clip(_letters(row['strategy']), 21):<22}{_times(row)}"
+    if "runner_up" not in row:
+        return line
+    other = row["runner_up"]
+    return f"{line}  {_clip(_letters(other['strategy']), 17):<18}{_price(other)}" if other else f"{line}  no other way"
 
 
 def _price(other: Row) -> str:
-    price = f"{other['extra_s'] * 1e3:+,.3f} ms"
-    return price if other.get("fits", True) else f"{price}; {other['peak_memory_gib']:.1f} GiB: no room"
+    extra = other["extra_s"]
+    price = f"{extra:+,.4g} s" if abs(extra) >= 1 else f"{extra * 1e3:+.3f} ms"
+    return price if other.get("fits", True) else f"{price}, no room ({other['peak_memory_gib']:.0f} GiB)"
 
 
 def _reshard(row: Row) -> str:
-    return f"  {_clip('> ' + row['reshard'], 33):<34}{_clip(row['from'] + ' -> ' + row['to'], 23):<24}{_times(row)}"
+    return f"  {_clip('> ' + row['reshard'], 28):<29}{_clip(row['from'] + ' -> ' + row['to'], 21):<22}{_times(row)}"
 
 
 def _times(row: Row) -> str:
-    return f"{row['forward_s'] * 1e3:>10.3f}{row['backward_s'] * 1e3:>10.3f}"
+    return f"{row['forward_s'] * 1e3:>9.3f}{row['backward_s'] * 1e3:>10.3f}"
 
 
 def _letters(strategy: Mapping[str, str]) -> str:
@@ -185,7 +189,7 @@ def _alternatives(plan: Row) -> Iterator[str]:
     ordered = sorted(others, key=lambda other: other["step_time_s"] or float("inf"))
     for other in ordered[:MOST]:
         step = f"{other['step_time_s']:,.3f} s" if other["step_time_s"] is not None else "-"
-        yield f"  {_clip(other['mesh'], 75):<76}{step:>12}  {_clip(other['reason'], 28)}"
+        yield f"  {_clip(other['mesh'], 63):<64}{step:>12}  {_clip(other['reason'], 40)}"
     if len(ordered) > MOST:
         yield f"  and {len(ordered) - MOST} more"
 
