@@ -286,6 +286,8 @@ def test_the_words_of_a_plan(model, tmp_path):
     assert (mesh, storage) == ("sp 2", "ZeRO 3") and re.fullmatch(r"(selective \d+%, )?recompute \d+%", modes)
     copies = plan | {"storage": {"zero": 3, "sharded": ["sp2", "sp3"], "replicated": ["sp"]}}
     assert plan_words(copies)[1] == "ZeRO 3 over sp2+sp3"
+    short = plan | {"solver": plan["solver"] | {"status": "optimal; 2 searches out of time"}}
+    assert plan_words(short)[2] == f"{modes}, perhaps not the best: a search was cut short"
 
 
 # --- the command --------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from seqloom.plan.solver import solve
 from seqloom.plan.storage import STATE_BYTES
 
 GAP = 2e-3  # share of a step below which two plans count as equal
-TIME_LIMIT_S = 8.0  # of one program
+TIME_LIMIT_S = 20.0  # of one program
 MOST_AXES = 2  # of a mesh: all of three axes would take most of the time of a search
 
 
@@ -106,12 +106,13 @@ def _why_not(regions: Regions, request: Request) -> str:
 
 def plan_words(plan: Mapping[str, Any]) -> tuple[str, str, str]:
     """Mesh, storage and modes of a plan's document in short: `sp 8`, `ZeRO 3`, `recompute 17%`. Storage names its axes where it leaves
-    copies on others; modes end with the compute that all ranks of an axis repeat.
+    copies on others; modes end with the compute that all ranks of an axis repeat, and a word where the time limit cut a search short.
     """
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items()) or "one rank"
     stored = plan["storage"]
     over = " over " + "+".join(stored["sharded"]) if stored["sharded"] and stored["replicated"] else ""
     again = [f"{share:.0%} repeated on {axis}" for axis, share in plan["repeated"].items()]
+    again += ["perhaps not the best: a search was cut short"] if "out of time" in plan["solver"]["status"] else []
     return mesh, f"ZeRO {stored['zero']}{over}", ", ".join([_modes(plan), *again])
 
 
