@@ -127,7 +127,13 @@ def test_not_an_object(data):
     assert "must be a JSON object" in rejected(data)
 
 
-@pytest.mark.parametrize("field", sorted(description()))
+def test_host_memory_that_is_not_described_is_not_used():
+    data = description()
+    del data["host_memory_bytes"]
+    assert parse_hardware(json.dumps(data), "mine.json").host_memory_bytes == 0
+
+
+@pytest.mark.parametrize("field", sorted(set(description()) - {"host_memory_bytes"}))
 def test_missing_field(field):
     data = description()
     del data[field]
