@@ -23,7 +23,7 @@ from seqloom.plan.solver import _decisions
 from seqloom.plan.space import Axis
 from seqloom.plan.storage import Storage, storages
 
-MOST = 260  # combinations of strategies of one example, each with every number of layers per mode
+MOST = 180  # combinations of strategies of one example, each with every number of layers per mode
 GRAPHS, BATCHES = 312, 12
 MESHES = [
     (Axis(2, "sum"),),
@@ -135,8 +135,8 @@ def small(brute: BruteForce) -> bool:
 
 
 def example(seed: int) -> tuple[BruteForce, Storage, np.ndarray, random.Random]:
-    """A random graph on a random machine with a random storage, small enough to try everything, and its frontier. Of every two seeds one
-    gives an example in which a slower combination needs less memory than the fastest.
+    """A random graph on a random machine with a random storage, small enough to try everything, and its frontier. Of every three seeds
+    one gives an example in which a slower combination needs less memory than the fastest.
     """
     rng = random.Random(seed)
     while True:
@@ -147,7 +147,7 @@ def example(seed: int) -> tuple[BruteForce, Storage, np.ndarray, random.Random]:
         if small(brute):
             storage = rng.choice(storages(machine, 2, asked.accumulation, None))
             frontier = brute.frontier(storage)
-            if len(frontier) > 1 or seed % 2:
+            if len(frontier) > 1 or seed % 3:
                 return brute, storage, frontier, rng
 
 
@@ -195,7 +195,7 @@ def check(seed: int) -> bool:
 
 @pytest.mark.parametrize("batch", range(BATCHES))
 def test_the_program_finds_what_trying_everything_finds(batch):
-    """312 graphs in all; in half of them, by how they are drawn, some budget excludes the fastest combination and leaves another."""
+    """312 graphs in all; in a third of them at least some budget excludes the fastest combination and leaves another."""
     size = GRAPHS // BATCHES
     tight = [check(seed) for seed in range(size * batch, size * (batch + 1))]
     print(f"{sum(tight)} of {len(tight)} graphs under memory that excludes the fastest combination")

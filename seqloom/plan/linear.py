@@ -12,6 +12,7 @@ from scipy.sparse import csr_matrix
 Term = tuple[int, float]
 OPTIMAL, TIME_LIMIT, INFEASIBLE = 0, 1, 2  # statuses of scipy.optimize.milp
 LARGEST_COST = 1000.0
+SECOND_LOOK = 100  # nodes of the search tree
 
 
 @dataclass(frozen=True)
@@ -76,18 +77,18 @@ class LinearProgram:
         scale = LARGEST_COST / max(float(np.max(np.abs(costs), initial=0.0)), 1e-30)
         matrix = csr_matrix((self._entries, (self._rows, self._columns)), shape=(len(self._low), len(self.costs)))
 
-        def run(presolve: bool) -> OptimizeResult:
+        def run(**options: float) -> OptimizeResult:
             return milp(
                 costs * scale,
                 integrality=np.zeros(len(self.costs)) if relaxed else np.array(self.integer),
                 bounds=Bounds(0.0, np.array(self.upper)),
                 constraints=LinearConstraint(matrix, np.array(self._low), np.array(self._high)),
-                options={"time_limit": time_limit, "mip_rel_gap": gap, "presolve": presolve},
+                options={"time_limit": time_limit, "mip_rel_gap": gap, **options},
             )
 
-        result = run(presolve=True)
+        result = run()
         if result.status == INFEASIBLE and not relaxed:  # presolve may err where only a ten-thousandth of the memory is left
-            second = run(presolve=False)
+            second = run(presolve=False, node_limit=SECOND_LOOK)
             result = second if second.x is not None else result
         if result.x is None and result.status == TIME_LIMIT:
             raise OutOfTime

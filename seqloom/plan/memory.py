@@ -46,7 +46,7 @@ from seqloom.plan.placement import Layout, local_numel
 from seqloom.plan.price import kept_value, view_root
 from seqloom.plan.problem import Problem, parameter_terms
 from seqloom.plan.regions import OUTER, Region
-from seqloom.plan.storage import Storage, group_cost
+from seqloom.plan.storage import GroupCost, Storage, group_cost
 
 MEMORY_TOLERANCE = 1e-5
 """Share of the budget that is left free: the solver keeps a constraint to about 1e-6, and a plan must never exceed the budget at all."""
@@ -367,17 +367,35 @@ def add_storage(memory: Memory, storage: Storage, leanest: bool = False) -> Line
 
     With `leanest` the objective is the least budget (in units of the one given) instead of time.
     """
-    return _complete(memory, storage, (storage,), leanest)
+    return _complete(memory, (storage,), (storage,), leanest)
 
 
 def add_bound(memory: Memory, choices: Sequence[Storage]) -> LinearProgram:
-    """A copy of the program whose optimum no storage of `choices` can beat: the memory of the first, which is the leanest, and of
-    every traffic the least that any of them has.
+    """A copy of the program whose optimum no storage of `choices` can beat: the memory of the first, which is the leanest in a model of
+    many layers (with few, the least of every figure over all that may need less), and of every traffic the least that any of them has.
     """
-    return _complete(memory, choices[0], choices, False)
+    first, *others = choices
+    return _complete(memory, (first, *(other for other in others if _may_need_less(memory.problem, other, first))), choices, False)
 
 
-def _complete(memory: Memory, storage: Storage, traffic_of: Sequence[Storage], leanest: bool) -> LinearProgram:
+def _may_need_less(problem: Problem, other: Storage, first: Storage) -> bool:
+    """Whether some row of the budget may be smaller under the other storage."""
+    for region in problem.regions.parts.values():
+        figures = [_row_bytes(group_cost(1.0, problem.machine, storage, region.key == OUTER), region) for storage in (other, first)]
+        if any(its < mine * (1 - 1e-9) for its, mine in zip(*figures, strict=True)):
+            return True
+    return False
+
+
+def _row_bytes(cost: GroupCost, region: Region) -> tuple[float, ...]:
+    """What an element of a region adds to each row of the budget, where the region's own transient is the largest and where it is not."""
+    reduced = 0.0 if region.key == OUTER else cost.ending_bytes
+    standing, piled = region.count * cost.standing_bytes, region.count * (cost.standing_bytes + reduced)
+    ending = region.count * (cost.standing_bytes + cost.ending_bytes)
+    return standing, standing + cost.in_flight_bytes, piled, piled + cost.in_flight_bytes - reduced, ending
+
+
+def _complete(memory: Memory, bytes_of: Sequence[Storage], traffic_of: Sequence[Storage], leanest: bool) -> LinearProgram:
     problem, program = memory.problem, memory.program.copy()
     total, piled, ending = (
         [*memory.kept, (memory.staying, 1.0), (memory.transient, 1.0)],
@@ -386,20 +404,23 @@ def _complete(memory: Memory, storage: Storage, traffic_of: Sequence[Storage], l
     )
     for region in problem.regions.parts.values():
         root = region.key == OUTER
-        slope, latency = _affine(problem, storage, traffic_of, root)
+        slope, latency = _affine(problem, traffic_of, root)
+        element = [group_cost(1.0, problem.machine, storage, root) for storage in bytes_of]
+        standing = min(cost.standing_bytes for cost in element) / memory.unit
+        ended = min(cost.standing_bytes + cost.ending_bytes for cost in element) / memory.unit
+        in_flight = min(cost.in_flight_bytes for cost in element) / memory.unit
+        added = min(cost.in_flight_bytes - (0.0 if root else cost.ending_bytes) for cost in element) / memory.unit
         traffic: dict[str, list[Term]] = {"forward_s": [], "backward_s": []}
         flight: list[Term] = []
         moving: list[Term] = []
         for columns in parameter_terms(problem, region).values():
             for column, numel in columns:
-                cost = group_cost(numel, problem.machine, storage, root)
                 program.costs[column] += region.count * numel * slope["optimizer_s"]
-                total.append((column, region.count * cost.standing_bytes / memory.unit))
-                ending.append((column, region.count * (cost.standing_bytes + cost.ending_bytes) / memory.unit))
-                reduced = 0.0 if root else cost.ending_bytes
-                piled.append((column, region.count * (cost.standing_bytes + reduced) / memory.unit))
-                flight.append((column, -cost.in_flight_bytes / memory.unit))
-                moving.append((column, (reduced - cost.in_flight_bytes) / memory.unit))
+                total.append((column, region.count * numel * standing))
+                ending.append((column, region.count * numel * ended))
+                piled.append((column, region.count * numel * (standing if root else ended)))
+                flight.append((column, -numel * in_flight))
+                moving.append((column, -numel * added))
                 for phase, terms in traffic.items():
                     terms.append((column, numel * slope[phase]))
         program.constrain([(memory.flight[region.key], 1.0), *flight], 0.0)
@@ -415,7 +436,7 @@ def _complete(memory: Memory, storage: Storage, traffic_of: Sequence[Storage], l
     return program
 
 
-def _affine(problem: Problem, storage: Storage, choices: Sequence[Storage], root: bool) -> tuple[dict[str, float], dict[str, float]]:
+def _affine(problem: Problem, choices: Sequence[Storage], root: bool) -> tuple[dict[str, float], dict[str, float]]:
     """Seconds an element and seconds of latency of a group's traffic, the least over the choices."""
     some = 2.0**30
     slope, latency = {}, {}

@@ -79,7 +79,7 @@ def storages(machine: Machine, itemsize: int, accumulation: int, zero: int | Non
     found = [Storage(level, itemsize, accumulation, axes) for level in levels for axes in _subsets(machine, level)]
     costs = {storage: _figures(machine, storage) for storage in found}
     best = [s for i, s in enumerate(found) if not any(_beats(costs[o], costs[s], j < i) for j, o in enumerate(found) if o != s)]
-    return sorted(best, key=lambda s: costs[s][0] + costs[s][1])  # what a block of the model has standing and in flight
+    return sorted(best, key=lambda s: costs[s][:2])  # every block stands, only one of them is in flight
 
 
 def _subsets(machine: Machine, level: int) -> Iterator[tuple[int, ...]]:
