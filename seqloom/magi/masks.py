@@ -26,7 +26,7 @@ def packed(cu_seqlens: Sequence[int], causal: bool = True) -> AttnMask:
 
 
 def sliding_window(cu_seqlens: Sequence[int], left: int, right: int = 0, sinks: int = 0) -> AttnMask:
-    """Every row i of a document attends rows i - left to i + right of it (-1: no bound), and its first `sinks` rows as far as `right` allows."""
+    """Row i of a document attends its rows i - left to i + right (-1: no bound), and its first `sinks` rows as far as `right` allows."""
     cu_seqlens = _checked("cu_seqlens", cu_seqlens)
     slices = [piece for document in pairwise(cu_seqlens) for piece in _window_slices(document, document, (left, right), sinks)]
     return _mask(slices, cu_seqlens[-1])
@@ -49,14 +49,14 @@ def block_causal(cu_seqlens: Sequence[int], block: int) -> AttnMask:
 
 
 def prefix_lm(cu_seqlens: Sequence[int], prefixes: Sequence[int]) -> AttnMask:
-    """Causal documents whose first `prefixes[n]` rows attend each other freely. Raises `UserError` for a prefix longer than its document."""
+    """Causal documents whose first `prefixes[n]` rows attend each other freely. Raises `UserError` for a prefix that does not fit."""
     cu_seqlens = _checked("cu_seqlens", cu_seqlens)
     if len(prefixes) != len(cu_seqlens) - 1:
         raise UserError(f"prefix_lm: {len(prefixes)} prefixes for {len(cu_seqlens) - 1} documents, give one for each")
     slices: list[Slice] = []
     for index, ((start, end), prefix) in enumerate(zip(pairwise(cu_seqlens), prefixes, strict=True)):
         if not 0 <= prefix <= end - start:
-            raise UserError(f"prefix_lm: document {index} has {end - start} rows and cannot have a prefix of {prefix}: give 0 to {end - start}")
+            raise UserError(f"prefix_lm: document {index} of {end - start} rows cannot have a prefix of {prefix}: give 0 to {end - start}")
         slices += [((start, start + prefix), (start, start + prefix), FULL), ((start + prefix, end), (start, end), CAUSAL)]
     return _mask(slices, cu_seqlens[-1])
 
@@ -124,7 +124,7 @@ def _window_slices(q_range: Range, k_range: Range, window: Sequence[int], sinks:
     diagonal = k_end - q_end
     hi = highest if right == UNBOUNDED else diagonal + right
     lo = lowest if left == UNBOUNDED else diagonal - left
-    split = min(k_start + sinks, k_end)
+    split = k_start if left == UNBOUNDED else min(k_start + sinks, k_end)
     bands = (Band(q_start, q_end, k_start, split, lowest, hi), Band(q_start, q_end, split, k_end, lo, hi))
     return [piece for band in bands for piece in band.as_slices()]
 
