@@ -59,9 +59,13 @@ class AttentionCost:
         """Seconds per rank, `[ranks]`, that an exchange of `rows` costs however few the rows: those of every level it uses."""
         return sum((np.where(busiest > 0, level.latency_s, 0.0) for level, busiest in self._busiest(rows)), np.zeros(len(rows)))
 
-    def row_s(self, num_ranks: int) -> float:
-        """Seconds per row on the outermost level that `num_ranks` ranks use."""
-        return next(level.row_s for level in self.levels if level.ranks_per_group >= num_ranks)
+    def cells_per_row(self, num_ranks: int) -> int:
+        """How many cells a rank computes while it receives a row over the outermost level that `num_ranks` ranks use; at least 1.
+
+        In these units compute and communication compare in whole numbers, which no rank rounds differently.
+        """
+        row_s = next(level.row_s for level in self.levels if level.ranks_per_group >= num_ranks)
+        return max(1, round(row_s / self.cell_s))
 
     def _busiest(self, rows: np.ndarray) -> Iterator[tuple[Level, np.ndarray]]:
         """Per link level the rows of each rank that cross it and no outer one, sent or received, whichever are more."""

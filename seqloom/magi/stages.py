@@ -56,8 +56,7 @@ def stage_cuts(
     areas: np.ndarray, target: np.ndarray, start: np.ndarray, end: np.ndarray, degree: int, dispatch: Dispatch
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Ranges of every rank (by target, then rising) cut into `degree` even stages: (entry cut, stage, start, end) of the pieces."""
-    cells_per_row = round(dispatch.cost.row_s(dispatch.num_ranks) / dispatch.cost.cell_s)
-    weights = areas + cells_per_row * (end - start)
+    weights = areas + dispatch.cost.cells_per_row(dispatch.num_ranks) * (end - start)
     borders = np.searchsorted(target, np.arange(dispatch.num_ranks + 1))
     pieces = []
     for first, last in zip(borders[:-1], borders[1:], strict=True):
