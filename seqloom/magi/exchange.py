@@ -169,6 +169,10 @@ def _stage(
 
 def _over_columns(bands: np.ndarray, starts: np.ndarray, ends: np.ndarray, places: np.ndarray) -> tuple[Band, ...]:
     """`bands` cut to the columns [starts[n], ends[n]), rising, with the columns moved to begin at places[n]."""
+    if not len(starts):
+        return ()
+    opens = np.concatenate(([True], (starts[1:] != ends[:-1]) | (np.diff(places - starts) != 0)))  # else neighbours in both orders
+    starts, ends, places = starts[opens], ends[np.append(opens[1:], True)], places[opens]
     pieces = tables.cut(bands, tables.COLUMNS, starts, ends)
     moved = tables.shift(pieces.table, np.zeros(len(pieces.part), np.int64), (places - starts)[pieces.part])
     return tables.to_bands(merged(moved))

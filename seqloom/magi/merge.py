@@ -12,8 +12,10 @@ QS, QE, KS, KE, LO, HI = range(6)
 
 
 def merged(table: np.ndarray) -> np.ndarray:
-    """`table` (tight bands that share no cell) with full rectangles of equal rows joined along columns, then of equal columns along rows,
-    and bands of the same two diagonals joined across a cut of their rows or columns; sorted by rows, then by columns."""
+    """`table` (tight bands that share no cell) with full rectangles of equal rows joined along columns, then of equal columns along rows.
+
+    Sorted by rows, then by columns.
+    """
     table = table[np.lexsort((table[:, KS], table[:, QS]))]
     if len(table) < 2:
         return table
