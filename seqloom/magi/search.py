@@ -7,7 +7,7 @@ step. Time is counted in cells (`AttentionCost.cells_per_row`), so all numbers a
 A swap of chunks x and y changes only their two ranks. What rank(x) receives when y takes the place of x is, with
 free(x) = the atoms that no other chunk of rank(x) needs,
 
-    rows(needs(y) and free(x)) - rows(needs(x) and free(x))  more than before.
+    rows(needs(y) and free(x)) - rows(needs(x) and free(x))  more than before, less what y has more rows than x.
 
 Needs are a few runs of atoms, so running sums over free(x) give it for every y. The pairs looked at in a round have x on one of the
 `WATCHED` costliest ranks; of each x the best y is kept, and the best of these swaps are made, each rank taking part once.
@@ -20,7 +20,7 @@ import numpy as np
 from seqloom.magi.chunks import Chunks
 from seqloom.magi.table import ramps
 
-ROUNDS = 16
+ROUNDS = 12
 WATCHED = 8  # ranks
 OVERLOAD = 8
 
@@ -93,6 +93,11 @@ class _State:
         before = self.free_before[free]
         return np.add.reduceat(before[:, end[span]] - before[:, first[span]], places, axis=1)
 
+    def more_rows(self, out: np.ndarray, into: np.ndarray) -> np.ndarray:
+        """How many more rows rank(x) receives when y takes the place of x, `[out, into]`, for all x of `out` and y of `into`."""
+        added = self.needed_of_free(out, into) - self.own_rows[out][:, None]
+        return added - (self.chunks.hosted[into] - self.chunks.hosted[out][:, None])
+
     def changes(self, ranks: np.ndarray, out: np.ndarray, into: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """By how much the cost of `ranks` changes when each gives chunk `out`, takes chunk `into` and receives `rows` more rows."""
         added = self.cells_per_row * rows
@@ -106,8 +111,7 @@ def _best_swaps(state: _State, ones: np.ndarray) -> list[tuple[int, int]]:
     """Swaps (chunk of `ones`, other chunk) that lower the cost, of disjoint pairs of ranks, the best first."""
     chunks, owners = state.chunks, state.owners
     others = np.arange(chunks.count)
-    taken = state.needed_of_free(ones, others) - state.own_rows[ones][:, None]  # more rows for rank(one), `[ones, others]`
-    given = (state.needed_of_free(others, ones) - state.own_rows[:, None]).T
+    taken, given = state.more_rows(ones, others), state.more_rows(others, ones).T  # for rank(one) and for rank(other), `[ones, others]`
     mine, theirs = owners[ones][:, None], owners[None, :]
     score = state.changes(mine, ones[:, None], others[None, :], taken) + state.changes(theirs, others[None, :], ones[:, None], given)
     score[_forbidden(chunks, owners, ones)] = 0
