@@ -26,6 +26,8 @@ from seqloom.magi.mask import AttnMask
 from seqloom.magi.merge import merged
 from seqloom.magi.transfers import Transfers, all_transfers
 
+Runs = tuple[np.ndarray, np.ndarray, np.ndarray]  # starts, ends and places of ranges of rows: row starts[n] lies at place places[n]
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -133,41 +135,52 @@ def plan_exchange(mask: AttnMask, dispatch: Dispatch, degree: int | str = 1) -> 
 def _rank_plan(exchange: Exchange, rank: int) -> RankPlan:
     """Cut the mask to the rank's rows, then these bands to the columns it hosts and to the columns of every stage's buffer."""
     dispatch = exchange.dispatch
-    starts, ends = dispatch.runs(rank)
-    local = _local_starts(starts, ends)
+    bands, runs = local_rows(exchange, rank)
+    received, sent = exchange.transfers.to(rank), exchange.transfers.of(rank)
+    stages = tuple(_stage(dispatch, bands, received.in_stage(stage), sent.in_stage(stage), runs) for stage in range(exchange.degree))
+    return RankPlan(dispatch.rows(rank), over_columns(bands, *runs), stages)
+
+
+def local_rows(exchange: Exchange, rank: int) -> tuple[np.ndarray, Runs]:
+    """The mask's bands in the rows of `rank`, as a table of local rows x global columns; and the runs of these rows."""
+    starts, ends = exchange.dispatch.runs(rank)
+    local = np.cumsum(ends - starts) - (ends - starts)
     pieces = tables.cut(exchange.mask.table, tables.ROWS, starts, ends)
     bands = tables.shift(pieces.table, (local - starts)[pieces.part], np.zeros(len(pieces.part), np.int64))
-    host = _over_columns(bands, starts, ends, local)
-    received = exchange.transfers.to(rank)
-    sent = exchange.transfers.of(rank)
-    stages = tuple(
-        _stage(dispatch, bands, received.in_stage(stage), sent.in_stage(stage), (starts, ends, local)) for stage in range(exchange.degree)
-    )
-    return RankPlan(dispatch.rows(rank), host, stages)
+    return bands, (starts, ends, local)
 
 
-def _stage(
-    dispatch: Dispatch, bands: np.ndarray, received: Transfers, sent: Transfers, runs: tuple[np.ndarray, np.ndarray, np.ndarray]
-) -> Stage:
-    """One stage of a rank with `bands` (local rows x global columns) and `runs` (starts, ends, local starts) of hosted rows."""
-    starts, ends, local = runs
-    run = np.searchsorted(ends, sent.start, side="right")
-    first = sent.start - starts[run] + local[run]
-    ranges: list[list[Range]] = [[] for _ in range(dispatch.num_ranks)]
-    for target, begin, end in zip(sent.target.tolist(), first.tolist(), (first + sent.end - sent.start).tolist(), strict=True):
-        if ranges[target] and ranges[target][-1][1] == begin:
-            ranges[target][-1] = (ranges[target][-1][0], end)
-        else:
-            ranges[target].append((begin, end))
+def _stage(dispatch: Dispatch, bands: np.ndarray, received: Transfers, sent: Transfers, runs: Runs) -> Stage:
+    """One stage of a rank with `bands` and `runs` of `local_rows`."""
+    first = in_runs(sent.start, runs)
+    send = by_destination(sent.target, first, first + sent.end - sent.start, dispatch.num_ranks)
     lengths = received.end - received.start
-    splits = np.bincount(received.source, weights=lengths, minlength=dispatch.num_ranks).astype(np.int64)
-    place = np.cumsum(lengths) - lengths
+    splits = np.zeros(dispatch.num_ranks, np.int64)
+    np.add.at(splits, received.source, lengths)
     order = np.argsort(received.start)
-    columns = _over_columns(bands, received.start[order], received.end[order], place[order])
-    return Stage(tuple(map(tuple, ranges)), tuple(splits.tolist()), columns)
+    columns = over_columns(bands, received.start[order], received.end[order], (np.cumsum(lengths) - lengths)[order])
+    return Stage(send, tuple(splits.tolist()), columns)
 
 
-def _over_columns(bands: np.ndarray, starts: np.ndarray, ends: np.ndarray, places: np.ndarray) -> tuple[Band, ...]:
+def in_runs(rows: np.ndarray, runs: Runs) -> np.ndarray:
+    """The place of global `rows` within runs (starts, ends, places) that hold them."""
+    starts, ends, places = runs
+    run = np.searchsorted(ends, rows, side="right")
+    return rows - starts[run] + places[run]
+
+
+def by_destination(target: np.ndarray, start: np.ndarray, end: np.ndarray, destinations: int) -> tuple[tuple[Range, ...], ...]:
+    """Ranges [start[n], end[n]) per destination `target[n]`, in the order given; those that follow on each other are one."""
+    ranges: list[list[Range]] = [[] for _ in range(destinations)]
+    for to, first, last in zip(target.tolist(), start.tolist(), end.tolist(), strict=True):
+        if ranges[to] and ranges[to][-1][1] == first:
+            ranges[to][-1] = (ranges[to][-1][0], last)
+        else:
+            ranges[to].append((first, last))
+    return tuple(map(tuple, ranges))
+
+
+def over_columns(bands: np.ndarray, starts: np.ndarray, ends: np.ndarray, places: np.ndarray) -> tuple[Band, ...]:
     """`bands` cut to the columns [starts[n], ends[n]), rising, with the columns moved to begin at places[n]."""
     if not len(starts):
         return ()
@@ -176,8 +189,3 @@ def _over_columns(bands: np.ndarray, starts: np.ndarray, ends: np.ndarray, place
     pieces = tables.cut(bands, tables.COLUMNS, starts, ends)
     moved = tables.shift(pieces.table, np.zeros(len(pieces.part), np.int64), (places - starts)[pieces.part])
     return tables.to_bands(merged(moved))
-
-
-def _local_starts(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """The local row at which each hosted range begins."""
-    return np.cumsum(ends - starts) - (ends - starts)

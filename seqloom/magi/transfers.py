@@ -28,20 +28,25 @@ class Transfers:
     start: np.ndarray
     end: np.ndarray
 
-    def _picked(self, chosen: np.ndarray) -> Transfers:
+    def picked(self, chosen: np.ndarray) -> Transfers:
+        """The entries that `chosen`, indices or a mask, picks."""
         return Transfers(self.target[chosen], self.source[chosen], self.stage[chosen], self.start[chosen], self.end[chosen])
 
     def to(self, rank: int) -> Transfers:
         """What `rank` receives."""
-        return self._picked(self.target == rank)
+        return self.picked(self.target == rank)
 
     def of(self, rank: int) -> Transfers:
         """What `rank` sends."""
-        return self._picked(self.source == rank)
+        return self.picked(self.source == rank)
 
     def in_stage(self, stage: int) -> Transfers:
         """What moves in `stage`."""
-        return self._picked(self.stage == stage)
+        return self.picked(self.stage == stage)
+
+    def sorted_by(self, *keys: np.ndarray) -> Transfers:
+        """The same entries by `keys`, the first key first."""
+        return self.picked(np.lexsort(keys[::-1]))
 
     def moved(self, num_ranks: int) -> np.ndarray:
         """int64 `[ranks, ranks]`: rows that travel to a rank (first index) from another."""
@@ -54,7 +59,7 @@ def all_transfers(mask: AttnMask, dispatch: Dispatch, degree: int | str) -> tupl
     """The transfers of `mask` over `dispatch`, and the number of stages they are cut into (0 where nothing travels)."""
     ends = np.arange(1, len(dispatch.owners) + 1) * dispatch.chunk_size
     chunk_pieces = tables.cut(mask.table, tables.ROWS, ends - dispatch.chunk_size, ends)
-    target, start, end = _unions(dispatch.owners[chunk_pieces.part], chunk_pieces.table[:, 2], chunk_pieces.table[:, 3], int(ends[-1]))
+    target, start, end = unions(dispatch.owners[chunk_pieces.part], chunk_pieces.table[:, 2], chunk_pieces.table[:, 3], int(ends[-1]))
     target, source, start, end = _remote(dispatch, target, start, end)
     if not len(target):
         return _sorted(target, source, np.zeros_like(target), start, end), 0
@@ -70,8 +75,10 @@ def all_transfers(mask: AttnMask, dispatch: Dispatch, degree: int | str) -> tupl
     return _sorted(target[entry], source[entry], stage, start, end), int(degree)
 
 
-def _unions(rank: np.ndarray, start: np.ndarray, end: np.ndarray, total: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def unions(rank: np.ndarray, start: np.ndarray, end: np.ndarray, total: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Per rank the union of its ranges: (rank, start, end) of disjoint ranges that do not touch, by rank, then rising."""
+    if not len(rank):
+        return rank, start, end
     stride = total + 1  # ranges of different ranks neither overlap nor touch on the line of rank x stride + row
     order = np.lexsort((start, rank))
     first, last = (rank * stride + start)[order], np.maximum.accumulate((rank * stride + end)[order])
