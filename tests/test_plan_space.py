@@ -187,11 +187,11 @@ def test_forced_dp_splits_the_batch_everywhere(family):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
-@pytest.mark.parametrize(("force", "attention"), [("sp2", {"h", "k", "l"}), ("cp2", {"l"})])
-def test_forced_sp_and_cp_split_the_sequence_of_every_linear(family, force, attention):
-    """Attention is split by heads or by query positions under `sp`, by query positions under `cp`."""
+@pytest.mark.parametrize(("force", "ranks", "attention"), [("sp2", 2, {"h", "k"}), ("sp16", 16, {"l"}), ("cp2", 2, {"l"})])
+def test_forced_sp_and_cp_split_the_sequence_of_every_linear(family, force, ranks, attention):
+    """Attention is split by heads under `sp` (by query positions where no heads divide), by query positions under `cp`."""
     seen = 0
-    for _, cluster, weights, outputs in rows(forced(family, force)):
+    for _, cluster, weights, outputs in rows(forced(family, force, ranks)):
         assert weights <= {"B"}
         if cluster.nodes[0].op == ATTENTION:
             assert outputs and outputs <= attention

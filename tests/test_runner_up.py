@@ -30,6 +30,7 @@ CASES = [  # family, force, ranks, ZeRO, recompute, share of the memory that the
     ("gemma2", None, 2, 0, None, 4.0),
     ("llama", None, 4, None, True, 4.0),
     ("qwen3", None, 2, None, True, 4.0),
+    ("llama", None, 2, None, None, 0.95),
     ("llama", None, 2, None, None, 0.8),
     ("llama", None, 2, None, None, 0.6),
     ("gpt2", None, 2, 3, None, 0.5),
@@ -122,7 +123,7 @@ def test_with_room_no_runner_up_is_faster(case):
 
 def test_the_cases_run_every_mode():
     kinds = {mode.kind for case in CASES for region in planned(*case)[2].regions.values() for s in region.segments for mode, _ in s.modes}
-    assert kinds == {"keep", "recompute", "selective", "offload"}
+    assert kinds == {"keep", "recompute", "selective", "spill", "offload"}
     assert any(m.tiles > 1 for case in CASES for region in planned(*case)[2].regions.values() for s in region.segments for m, _ in s.modes)
 
 

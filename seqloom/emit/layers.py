@@ -7,6 +7,7 @@ class. How a segment is called shows its mode (`seqloom/emit/segments.py`).
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from seqloom.graph import Node
 from seqloom.plan.placement import Layout
 from seqloom.plan.plan import Plan, PlannedRegion, PlannedSegment
 
-WIDTH = 138
+WIDTH, DOCSTRING_WIDTH = 138, 128
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,15 @@ def block_source(plan: Plan, name: str, functions: Functions, used: Scope) -> st
     for field in ("collectives", "operators"):
         getattr(used, field).update(getattr(scope, field))
     used.uses_local |= scope.uses_local
-    title = f'"""{block_title(planned)}"""'
+    title = _docstring(block_title(planned))
     init = _init(planned, scope)
     return "\n\n".join([f"class {name}(nn.Module):\n    {title}", init, forward, *methods])
+
+
+def _docstring(text: str) -> str:
+    """A class docstring, of as many lines as it takes."""
+    lines = textwrap.wrap(text, DOCSTRING_WIDTH)
+    return f'"""{text}"""' if len(lines) == 1 else '"""' + "\n    ".join(lines) + '\n    """'
 
 
 def _init(planned: PlannedRegion, scope: Scope) -> str:

@@ -70,8 +70,8 @@ class _LaterAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, start: int, kernel: str) -> Tensor:
         stop = start + query.shape[2]
-        early = _forward(kernel, query, key[:, :, :start], value[:, :, :start], scale, False)
-        own = _forward(kernel, query, key[:, :, start:stop], value[:, :, start:stop], scale, True)
+        early = run_forward(kernel, query, key[:, :, :start], value[:, :, :start], scale, False)
+        own = run_forward(kernel, query, key[:, :, start:stop], value[:, :, start:stop], scale, True)
         output, lse = _merge(early[:2], own[:2])
         ctx.options, ctx.states = (scale, start, kernel), (len(early[2]), len(own[2]))
         ctx.save_for_backward(query, key, value, output, lse, *early[2], *own[2])
@@ -84,7 +84,7 @@ class _LaterAttention(torch.autograd.Function):
         stop, first = start + query.shape[2], ctx.states[0]
 
         def part(columns: slice, causal: bool, state: State) -> tuple[Tensor, Tensor, Tensor]:
-            return _backward(kernel, grad, query, key[:, :, columns], value[:, :, columns], output, lse, scale, causal, state)
+            return run_backward(kernel, grad, query, key[:, :, columns], value[:, :, columns], output, lse, scale, causal, state)
 
         d_query, *early = part(slice(0, start), False, tuple(states[:first]))
         d_own, *own = part(slice(start, stop), True, tuple(states[first:]))
@@ -103,7 +103,7 @@ def _merge(early: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor]) -> tuple[Te
 # --- one call of each kernel -----------------------------------------------------------------------------------------------------
 
 
-def _forward(kernel: str, query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor, State]:
+def run_forward(kernel: str, query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor, State]:
     """Output `[b, h, l, e]`, log-sum-exp `[b, h, l]`, and what else the kernel's backward wants back."""
     if kernel == _CPU:
         output, lse = _ATEN._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
@@ -118,7 +118,7 @@ def _forward(kernel: str, query: Tensor, key: Tensor, value: Tensor, scale: floa
     return result[0], result[1].squeeze(-1), (result[6], result[7])
 
 
-def _backward(
+def run_backward(
     kernel: str,
     grad: Tensor,
     query: Tensor,
@@ -128,10 +128,15 @@ def _backward(
     lse: Tensor,
     scale: float,
     causal: bool,
-    state: State,
+    state: State | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value of one call, given the output and log-sum-exp over all keys."""
+    """Gradients of query, key and value of one call, given the output and log-sum-exp over all keys.
+
+    `state` is what `run_forward` gave; kernels read it for dropout only, so nothing is lost without it.
+    """
     tensors = (grad, query, key, value)
+    if state is None:
+        state = () if kernel == _CPU else tuple(torch.zeros((), dtype=torch.int64, device=query.device) for _ in range(2))
     if kernel == _CPU:
         return _ATEN._scaled_dot_product_flash_attention_for_cpu_backward(*tensors, output, lse, 0.0, causal, scale=scale)
     lengths = (None, None, query.shape[2], key.shape[2])  # no packed sequences

@@ -115,27 +115,41 @@ def reshard_path(
     )
 
 
-def cheapest_path(
-    src: Layout, dst: Layout, priced: Callable[[Layout, tuple[int, ...]], list[tuple[float, Move]]]
-) -> tuple[float, tuple[Move, ...]] | None:
-    """As `reshard_path`; `priced(layout, dims)` gives the moves out of a layout, to splits of `dims`, with their seconds."""
+Route = tuple[float, tuple[Move, ...]]  # seconds, moves
+Priced = Callable[[Layout, tuple[int, ...]], list[tuple[float, Move]]]  # moves out of a layout, to splits of these dimensions
+
+
+def cheapest_path(src: Layout, dst: Layout, priced: Priced) -> Route | None:
+    """As `reshard_path`, with the moves out of a layout and their seconds."""
     if src == dst:
         return 0.0, ()
-    dims = tuple(sorted({p.dim for p in (*src, *dst) if p.kind == "S"}))
+    return next((route for layout, route in _routes(src, path_dims(src, dst), priced) if layout == dst), None)
+
+
+def cheapest_paths(src: Layout, dims: tuple[int, ...], priced: Priced) -> dict[Layout, Route]:
+    """The cheapest path to every layout that can be reached through splits of `dims` alone."""
+    return dict(_routes(src, dims, priced))
+
+
+def path_dims(src: Layout, dst: Layout) -> tuple[int, ...]:
+    """The dimensions that a path between two layouts may split: those that one of them splits."""
+    return tuple(sorted({p.dim for p in (*src, *dst) if p.kind == "S"}))
+
+
+def _routes(src: Layout, dims: tuple[int, ...], priced: Priced) -> Iterator[tuple[Layout, Route]]:
+    """Layouts in the order of their distance, each with its path."""
     tie = itertools.count()
     frontier: list[tuple[float, int, Layout, tuple[Move, ...]]] = [(0.0, next(tie), src, ())]
     settled: set[Layout] = set()
     while frontier:
         spent, _, layout, path = heapq.heappop(frontier)
-        if layout == dst:
-            return spent, path
         if layout in settled:
             continue
         settled.add(layout)
+        yield layout, (spent, path)
         for seconds, move in priced(layout, dims):
             if move.layout not in settled:
                 heapq.heappush(frontier, (spent + seconds, next(tie), move.layout, (*path, move)))
-    return None
 
 
 @lru_cache(maxsize=100_000)

@@ -29,7 +29,7 @@ from seqloom.cost.communication import collective_seconds
 from seqloom.graph import Value
 from seqloom.plan.linear import LinearProgram, Term
 from seqloom.plan.modes import Mode, kept_matmuls, reached, replays, segment_modes, tile_class
-from seqloom.plan.placement import Layout, Move, cached_moves, cheapest_path, local_numel
+from seqloom.plan.placement import Layout, Move, Route, cached_moves, cheapest_paths, local_numel, path_dims
 from seqloom.plan.price import Machine, Price, move_seconds, price
 from seqloom.plan.regions import OUTER, Region, Regions
 from seqloom.plan.request import Request
@@ -100,8 +100,11 @@ class Problem:
         value = region.graph.values[name]
         key = (value.shape, value.dtype, value.requires_grad, src, dst)
         if key not in self._paths:
-            priced = lambda layout, dims: self._priced(region, name, layout, dims)  # noqa: E731
-            found = cheapest_path(src, dst, priced)
+            dims = path_dims(src, dst)
+            start = (*key[:4], dims)
+            if start not in self._routes:  # one search serves all targets
+                self._routes[start] = cheapest_paths(src, dims, lambda layout, dims: self._priced(region, name, layout, dims))
+            found = self._routes[start].get(dst)
             self._paths[key] = None if found is None else Path(*found, self._forward(value, src, found[1]))
         return self._paths[key]
 
@@ -127,6 +130,10 @@ class Problem:
 
     @cached_property
     def _paths(self) -> dict[tuple, Path | None]:
+        return {}
+
+    @cached_property
+    def _routes(self) -> dict[tuple, dict[Layout, Route]]:
         return {}
 
     @cached_property

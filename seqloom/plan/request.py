@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 
 from seqloom.cost.hardware import Hardware
@@ -68,7 +69,7 @@ def candidate_meshes(request: Request) -> Iterator[tuple[Axis, ...]]:
     node = request.hardware.links[0].ranks_per_group
     for sizes in _factorizations(request.ranks, request.most_axes):
         for splits in range(min(len(sizes), MAX_SPLIT_AXES) + 1):
-            if len(sizes) - splits > request.sum_axes:
+            if len(sizes) - splits > request.sum_axes or _mirrored(sizes, splits, node):
                 continue
             if splits == 0 or prod(sizes[len(sizes) - splits :]) <= node:
                 roles = ["sum"] * (len(sizes) - splits) + ["split"] * splits
@@ -78,7 +79,8 @@ def candidate_meshes(request: Request) -> Iterator[tuple[Axis, ...]]:
 def wanted_sum_axes(regions: Regions, request: Request) -> int:
     """How many `sum` axes a mesh can make use of: one, and one more for each thing that one alone can not split as it likes.
 
-    These are: several rows of the batch; fewer key/value heads than ranks, then fewer query heads; several nodes (storage sharded inside).
+    These are: rows of the batch that are too few for all ranks; fewer key/value heads than ranks, then fewer query heads; several nodes
+    (storage sharded inside).
     """
     batch = regions.graph.values[regions.graph.inputs[0]].shape[0]
     heads: set[tuple[int, int]] = set()
@@ -87,8 +89,14 @@ def wanted_sum_axes(regions: Regions, request: Request) -> int:
             query, key = (part.graph.values[name].shape[1] for name in node.inputs[:2])
             heads.add((query, key))
     short = max((sum(count % request.ranks != 0 for count in pair) for pair in heads), default=0)
-    wanted = 1 + (batch > 1) + short + (request.ranks > request.hardware.links[0].ranks_per_group)
+    wanted = 1 + (batch > 1 and batch % request.ranks != 0) + short + (request.ranks > request.hardware.links[0].ranks_per_group)
     return min(MAX_AXES, wanted)
+
+
+def _mirrored(sizes: tuple[int, ...], splits: int, node: int) -> bool:
+    """Whether a mesh differs from another one only in the order of two `sum` axes inside a node, and has the smaller one in front."""
+    sums = range(len(sizes) - splits)
+    return any(sizes[outer] < sizes[inner] and prod(sizes[outer:]) <= node for outer, inner in pairwise(sums))
 
 
 def _factorizations(ranks: int, axes: int) -> Iterator[tuple[int, ...]]:

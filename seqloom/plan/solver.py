@@ -38,6 +38,7 @@ from seqloom.plan.storage import Storage, storages
 BETTER = 1e-9  # seconds by which a later candidate must win, beside the gap
 ENDLESS = 1e18  # bytes of memory: no limit
 WhyNot = Callable[[Regions, Request], str]
+FAR = 0.1  # share of a step by which a mesh must be slower for its refinements not to be looked at
 OFFLOAD_GAIN = 0.01  # share of a step that host memory must save: copies that come late cost memory that was not planned
 
 
@@ -138,8 +139,11 @@ def solve(regions: Regions, request: Request, why: WhyNot = why_nothing_fits) ->
 
 def _bounds(search: Search, regions: Regions, offload: bool) -> list[Alternative]:
     """A bound on every mesh, the most promising one first. With host memory only meshes that memory holds back are looked at."""
-    found = []
+    found: list[Alternative] = []
     for axes in candidate_meshes(search.request):
+        if (reason := _not_promising(axes, found)) is not None:
+            found.append(Alternative(axes, None, None, False, reason))
+            continue
         if axes in search.free and search.free[axes] >= search.limit(offload):
             found.append(Alternative(axes, None, search.free[axes], False, ""))
             continue
@@ -148,12 +152,22 @@ def _bounds(search: Search, regions: Regions, offload: bool) -> list[Alternative
         if free is not None:
             search.free[axes] = free.objective
         if axes not in search.free:
-            found.append(Alternative(axes, None, None, False, "its sizes do not divide the model"))
+            found.append(Alternative(axes, None, None, False, "out of time" if problem.feasible else "its sizes do not divide the model"))
         else:
             bound = _solve_one(search, add_bound(*_memory(search, problem)), relaxed=True)
             seconds, reason = (None, "it does not fit in memory") if bound is None else (bound.objective, "")
             found.append(Alternative(axes, None, seconds, False, reason))
     return sorted(found, key=_promise)
+
+
+def _not_promising(axes: tuple[Axis, ...], found: Sequence[Alternative]) -> str | None:
+    """Why a mesh with two `split` axes is not looked at: with the two as one axis it is slower than another mesh by more than `FAR`."""
+    if len(axes) < 3 or axes[-2].role != "split":
+        return None
+    joined = (*axes[:-2], Axis(axes[-2].size * axes[-1].size, "split"))
+    known = {tried.axes: tried.seconds for tried in found if tried.seconds is not None}
+    slower = known[joined] / min(known.values()) - 1 if joined in known else 0.0
+    return f"not searched: {slower:.0%} slower with one split axis" if slower > FAR else None
 
 
 def _promise(tried: Alternative) -> tuple[float, int]:

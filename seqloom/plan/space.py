@@ -139,19 +139,24 @@ def _options(graph: Graph, cluster: Cluster, labels: Labels, axis: Axis) -> Iter
         whole = option is not None and not any(name in option.dims for name in parameters)
         if axis.role == "sum" and parameters and not whole:
             continue
-        if axis.force is None or of_weights or _allowed(graph, cluster, labels, axis.force, option):
+        if axis.force is None or of_weights or _allowed(graph, cluster, labels, axis, option):
             yield option
 
 
-def _allowed(graph: Graph, cluster: Cluster, labels: Labels, force: str, option: DimClass | None) -> bool:
-    """Whether a forced axis leaves this choice to a cluster; a cluster that cannot do what is asked may do anything."""
+def _allowed(graph: Graph, cluster: Cluster, labels: Labels, axis: Axis, option: DimClass | None) -> bool:
+    """Whether a forced axis leaves this choice to a cluster; a cluster that cannot do what is asked may do anything.
+
+    `sp` splits attention by heads, and by query positions only where no heads divide.
+    """
+    force = axis.force
     kinds = {_kind(graph, cluster, labels, candidate) for candidate in cluster.classes}
     kind = _kind(graph, cluster, labels, option)
     linear = cluster.heavy and any(graph.values[name].kind == "parameter" and len(graph.values[name].shape) == 2 for name in cluster.inputs)
     if force == "dp":
         return kind == "b" if "b" in kinds else kind == ""
     if cluster.nodes[0].op == ATTENTION and force in ("sp", "cp"):
-        return kind == "l" if force == "cp" else kind in ("other", "l")
+        heads = [c for c in cluster.classes if _kind(graph, cluster, labels, c) == "other" and all(n % axis.size == 0 for n in c.sizes)]
+        return kind == ("other" if force == "sp" and heads else "l")
     if force in ("sp", "cp"):
         if "l" in kinds:
             return kind == "l" if linear or not cluster.heavy and _has_parameter(graph, cluster) else kind != "b"
