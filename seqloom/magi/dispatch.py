@@ -141,7 +141,7 @@ def _choose(chunks: Chunks, cost: AttentionCost, algorithm: str) -> tuple[np.nda
     for owners in (plain, *candidates(chunks, plain, cost)):
         rows = chunks.rows_moved(owners)
         judged.append((cost.step_seconds(chunks.loads(owners), rows), int(rows.sum()), len(judged), owners))
-    good_enough = min(limit, min(judged)[0] * (1 + TOLERANCE)) if len(judged) > 1 else limit
+    good_enough = min(limit, min(judged)[0] * (1 + TOLERANCE))
     seconds, _, _, owners = min((entry for entry in judged if entry[0] <= good_enough), key=lambda entry: entry[1:3])
     return owners, seconds
 
