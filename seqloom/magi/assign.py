@@ -16,7 +16,7 @@ import heapq
 import numpy as np
 
 from seqloom.magi.chunks import Chunks
-from seqloom.magi.objective import AttentionCost
+from seqloom.magi.objective import TOLERANCE, AttentionCost
 from seqloom.magi.search import improve
 
 
@@ -63,7 +63,9 @@ def candidates(chunks: Chunks, plain: np.ndarray, cost: AttentionCost) -> list[n
 
     starts = [contiguous(chunks), folded(chunks)]
     units, limit = cost.cells_per_row(chunks.num_ranks), int(chunks.loads(plain).max())
-    found = [*starts, improve(chunks, starts[0], units, limit)]
+    perfect_s = float(cost.compute_seconds(chunks.areas.sum() / chunks.num_ranks))
+    first = starts[1] if step_seconds(starts[1]) <= perfect_s * (1 + TOLERANCE) else starts[0]  # as fast as can be: only rows to save
+    found = [*starts, improve(chunks, first, units, limit)]
     even = min((plain, starts[1]), key=step_seconds)
     if step_seconds(found[-1]) > step_seconds(even):  # too uneven to begin with
         found.append(improve(chunks, even, units, limit))

@@ -7,7 +7,7 @@ go to the first, nothing is random, and no rank asks another.
 How: the tokens are cut into chunks of equal size; every rank gets equally many (even mode: chunks of padding at the end make up the
 number, and ranks hold equally many rows) or counts that differ by one (uneven mode). `assign.candidates` proposes assignments, among them
 MagiAttention's area-only rule, and improves some by swapping chunks; `objective.AttentionCost.step_seconds` judges them. Predictions
-that differ by less than `TOLERANCE` are one and the same, and there the fewest rows on the wire win, but nothing is taken that is
+that differ by less than `objective.TOLERANCE` are one and the same, and there the fewest rows on the wire win, but nothing is taken that is
 predicted slower than the area-only rule.
 """
 
@@ -24,12 +24,11 @@ from seqloom.magi.assign import area_only, candidates
 from seqloom.magi.bands import Range
 from seqloom.magi.chunks import Chunks, chunks_of
 from seqloom.magi.mask import AttnMask
-from seqloom.magi.objective import AttentionCost, attention_cost
+from seqloom.magi.objective import TOLERANCE, AttentionCost, attention_cost
 
 ALGORITHMS = ("auto", "area")
 CHUNKS_PER_RANK = 8  # of the default chunk size: two make causal masks even, eight packed documents within a few hundredths
 CHUNK_MULTIPLE = 128  # rows of a tile of attention kernels
-TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
