@@ -1,0 +1,177 @@
+"""Keys: a mask, how its rows lie on the ranks of a group, and everything that follows from that, planned once and kept.
+
+Role: users make a key per mask (`make_key`) and pass it to `dispatch`, `undispatch`, `roll` and `calc_attn`. A key is frozen, hashable and
+the same on every rank of the group, because planning needs nothing but the mask and the number of ranks. `runtime_of` gives the rank's part
+on a device; the latest `KEPT` of them are remembered.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed import DeviceMesh, ProcessGroup
+
+from seqloom.errors import UserError
+from seqloom.magi.attention import Runtime, Stage
+from seqloom.magi.choose import choose_kernel
+from seqloom.magi.dispatch import Dispatch, plan_dispatch
+from seqloom.magi.exchange import plan_exchange
+from seqloom.magi.groupcast import route
+from seqloom.magi.mask import AttnMask
+
+KEPT = 64  # runtimes and plans remembered: a few batches ahead, several masks each
+
+Degree = int | Literal["auto"]
+
+
+@dataclass(frozen=True)
+class DistAttnRuntimeKey:
+    """A mask over the ranks of a group: `group` None is this process alone. Heads and `head_dim` are those of the tensors to come, None
+    where they were not told.
+    """
+
+    mask: AttnMask
+    dispatch: Dispatch
+    num_heads_q: int | None
+    num_heads_kv: int | None
+    head_dim: int | None
+    group: ProcessGroup | None
+    degree: Degree
+    kernel: str | None
+
+    @property
+    def total_seqlen(self) -> int:
+        """Rows of the whole sequence, without padding."""
+        return self.mask.total_seqlen_q
+
+    @property
+    def rank(self) -> int:
+        """This process in the group."""
+        return 0 if self.group is None else dist.get_rank(self.group)
+
+    @property
+    def local_rows(self) -> int:
+        """Rows on this rank, padding included."""
+        return len(self.dispatch.position_ids(self.rank))
+
+
+def group_of(cp_group_or_mesh: ProcessGroup | DeviceMesh | None) -> ProcessGroup | None:
+    """The process group of a group or mesh (all its dimensions together); None where it has one rank.
+
+    Raises `UserError` for a group that this process is not in.
+    """
+    group = cp_group_or_mesh
+    if isinstance(group, DeviceMesh):
+        group = group._flatten().get_group() if group.ndim > 1 else group.get_group()
+    if group is None:
+        return None
+    if dist.get_rank(group) < 0:
+        raise UserError("the context parallel group does not hold this process: pass the group that this rank is a member of")
+    return group if group.size() > 1 else None
+
+
+def make_key(
+    mask: AttnMask,
+    num_heads_q: int | None,
+    num_heads_kv: int | None,
+    head_dim: int | None,
+    group: ProcessGroup | None,
+    *,
+    chunk_size: int | None = None,
+    algorithm: str = "auto",
+    uneven: bool = False,
+    degree: Degree = 1,
+    kernel: str | None = None,
+    dispatch: Dispatch | None = None,
+) -> DistAttnRuntimeKey:
+    """The key of a mask on a group; with `dispatch` the rows lie as an earlier key laid them.
+
+    Raises `UserError` for heads that do not share evenly, a mask whose queries and keys are not the same rows, a degree below 0, and a
+    dispatch of another length or number of ranks.
+    """
+    if num_heads_q is not None and num_heads_kv is not None and (min(num_heads_q, num_heads_kv) < 1 or num_heads_q % num_heads_kv):
+        raise UserError(f"{num_heads_q} query heads cannot share {num_heads_kv} key/value heads evenly: use a multiple")
+    if mask.total_seqlen_q != mask.total_seqlen_k:
+        raise UserError(
+            f"queries and keys of one sequence are needed, not {mask.total_seqlen_q} and {mask.total_seqlen_k} rows: use equal totals"
+        )
+    if degree != "auto" and degree < 0:
+        raise UserError(f"degree {degree} is no number of stages: use 0 (blocking), 1 or more, or 'auto'")
+    ranks = 1 if group is None else group.size()
+    if dispatch is None:
+        dispatch = _dispatch(mask, ranks, chunk_size, algorithm, uneven, num_heads_q, num_heads_kv, head_dim)
+    elif (dispatch.total_seqlen, dispatch.num_ranks) != (mask.total_seqlen_q, ranks):
+        raise UserError(
+            f"the dispatch is of {dispatch.total_seqlen} rows over {dispatch.num_ranks} ranks, the new mask of {mask.total_seqlen_q} over "
+            f"{ranks}: use a mask of the same length on the same group"
+        )
+    key = DistAttnRuntimeKey(mask, dispatch, num_heads_q, num_heads_kv, head_dim, group, degree, kernel)
+    _latest[group] = key
+    _latest.move_to_end(group)
+    while len(_latest) > KEPT:
+        _latest.popitem(last=False)
+    return key
+
+
+_latest: OrderedDict[ProcessGroup | None, DistAttnRuntimeKey] = OrderedDict()
+
+
+def most_recent_key(group: ProcessGroup | None) -> DistAttnRuntimeKey:
+    """The key made last for a group. Raises `UserError` where there is none."""
+    if group not in _latest:
+        raise UserError("no key was made for this group yet: make one with magi_attn_flex_key or magi_attn_varlen_key first")
+    return _latest[group]
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _dispatch(
+    mask: AttnMask,
+    ranks: int,
+    chunk_size: int | None,
+    algorithm: str,
+    uneven: bool,
+    heads: int | None,
+    kv_heads: int | None,
+    head_dim: int | None,
+) -> Dispatch:
+    sizes = {"num_heads_q": heads, "num_heads_kv": kv_heads, "head_dim": head_dim}
+    known = {name: size for name, size in sizes.items() if size is not None}
+    return plan_dispatch(mask, ranks, chunk_size, algorithm, uneven=uneven, **known)
+
+
+@functools.lru_cache(maxsize=KEPT)
+def runtime_of(key: DistAttnRuntimeKey, device: torch.device, dtype: torch.dtype, head_dim: int, softcap: bool) -> Runtime:
+    """This rank's part of a key on a device: index tensors, bands, kernel."""
+    exchange = plan_exchange(key.mask, key.dispatch, degree=max(key.degree, 1) if key.degree != "auto" else "auto")
+    plan = exchange.ranks[key.rank]
+    stages = () if key.group is None else tuple(Stage(route(s.send, s.receive_splits, device), tuple(s.bands)) for s in plan.stages)
+    kernel = choose_kernel(key.kernel, device, dtype, head_dim, softcap)
+    return Runtime(plan.rows, tuple(plan.host), stages, kernel, key.group, merged=key.degree == 0)
+
+
+@functools.lru_cache(maxsize=KEPT)
+def global_rows(key: DistAttnRuntimeKey, device: torch.device) -> torch.Tensor:
+    """Global row of every local row of this rank, int64; those of the padding are `total_seqlen` or more."""
+    return torch.from_numpy(np.ascontiguousarray(key.dispatch.position_ids(key.rank), dtype=np.int64)).to(device)
+
+
+@functools.lru_cache(maxsize=KEPT)
+def places(key: DistAttnRuntimeKey, device: torch.device) -> torch.Tensor:
+    """For every global row (padding excluded) its place in the concatenation of all ranks' rows, each padded to the longest."""
+    longest = longest_rows(key)
+    place = np.empty(key.dispatch.padded_seqlen, dtype=np.int64)
+    for rank in range(key.dispatch.num_ranks):
+        rows = key.dispatch.position_ids(rank)
+        place[rows] = rank * longest + np.arange(len(rows))
+    return torch.from_numpy(place[: key.total_seqlen]).to(device)
+
+
+def longest_rows(key: DistAttnRuntimeKey) -> int:
+    """Rows of the rank that has most."""
+    return max(len(key.dispatch.position_ids(rank)) for rank in range(key.dispatch.num_ranks))
