@@ -129,6 +129,13 @@ def most_recent_key(group: ProcessGroup | None) -> DistAttnRuntimeKey:
     return _latest[group]
 
 
+def latest_key() -> DistAttnRuntimeKey:
+    """The key made last, for whatever group. Raises `UserError` where there is none."""
+    if not _latest:
+        raise UserError("no key was made yet: make one with magi_attn_flex_key or magi_attn_varlen_key before the model runs")
+    return next(reversed(_latest.values()))
+
+
 @functools.lru_cache(maxsize=KEPT)
 def _dispatch(
     mask: AttnMask,
