@@ -72,6 +72,34 @@ class SweepArguments:
 
 
 @dataclass(frozen=True)
+class MagiArguments:
+    """Lay an attention mask over ranks: balance, rows that travel, predicted times, and a picture of it; no GPU."""
+
+    mask: str
+    """causal, full, packed:FILE (lengths of documents), window:LEFT, window:LEFT:RIGHT, global:SIZE:LEFT or blocks:SIZE."""
+    ranks: int
+    """Ranks that the sequence is split over."""
+    seq_len: str | None = None
+    """Tokens of the sequence; K is 1024, M is 1024 K. That of the file with packed:FILE."""
+    chunk_size: int | None = None
+    """Rows of a chunk; about an eighth of a rank's share when not given."""
+    hardware: str = "h100-80gb"
+    """The machine that prices compute and communication: a name in configs/hardware, or a file."""
+    heads: int = 32
+    """Query heads."""
+    kv_heads: int = 8
+    """Key/value heads."""
+    head_dim: int = 128
+    """Elements of a head."""
+    uneven: bool = False
+    """Ranks may differ by one chunk, instead of padding."""
+    degree: int = 1
+    """Stages of the exchange."""
+    picture: Path | None = None
+    """Also write a picture of the mask, coloured by rank, to this PNG file."""
+
+
+@dataclass(frozen=True)
 class DryRunArguments:
     """Run the program of each rank on fake tensors at full size: shapes, peak memory, FLOPs; no GPU."""
 
@@ -185,6 +213,23 @@ def sweep_command(args: Sequence[str], prog: str) -> int:
     return run(asked, config.csv, lambda line: print(line, flush=True))
 
 
+def magi_command(args: Sequence[str], prog: str) -> None:
+    """Lay an attention mask over ranks."""
+    config = parse(MagiArguments, prog, args)
+    from seqloom.emit.sweep import parse_counts
+    from seqloom.magi import show
+
+    seq_len = None if config.seq_len is None else parse_counts("--seq_len", config.seq_len)[0]
+    mask = show.parse_mask(config.mask, seq_len)
+    sizes = (config.ranks, config.chunk_size, config.hardware, config.heads, config.kv_heads, config.head_dim, config.uneven, config.degree)
+    layout = show.Layout(*sizes)
+    for line in show.report(mask, layout):
+        print(line)
+    if config.picture is not None:
+        show.picture(mask, show.planned(mask, layout).dispatch, config.picture)
+        print(f"\nwrote {config.picture}")
+
+
 def dryrun_command(args: Sequence[str], prog: str) -> int:
     """Run a program on fake tensors at full size, rank by rank."""
     config = parse(DryRunArguments, prog, args)
@@ -293,6 +338,7 @@ COMMANDS: Mapping[str, Command] = {
     "report": report_command,
     "verify": verify_command,
     "check-op": check_op_command,
+    "magi": magi_command,
     "profile": profile_command,
     "checkpoint": checkpoint_command,
 }

@@ -6,26 +6,32 @@ mistake is one sentence on stderr and a non-zero exit code; the traceback is sho
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
 from seqloom.errors import EXIT_USER_ERROR, UserError
 
 EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141  # as if ended by SIGPIPE: what a shell expects where `head` has read enough
 
 
 def run(main: Callable[[], int | None]) -> None:
     """Call `main` and leave the process with its exit code (None is 0).
 
     `--debug` may stand anywhere among the flags; it is taken out of `sys.argv` before `main` reads them. With it every error keeps its
-    traceback. Without it a `UserError` ends in `error: <sentence>` and exit code 2, Ctrl-C in exit code 130. Errors that are no
-    mistake of the user's are never hidden.
+    traceback. Without it a `UserError` ends in `error: <sentence>` and exit code 2, Ctrl-C in exit code 130, and a reader
+    of our output that is gone in 141 without a word. Errors that are no mistake of the user's are never hidden.
     """
     debug = "--debug" in sys.argv[1:]
     if debug:
         sys.argv.remove("--debug")
     try:
         code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush at exit
+        sys.exit(EXIT_BROKEN_PIPE)
     except UserError as error:
         if debug:
             raise
