@@ -215,6 +215,8 @@ def test_a_run_learns_and_says_so(whole):
     assert log[-1]["tokens_seen"] == sum(entry["tokens"] for entry in log)
     assert 6 * 2 * (LENGTH - 1) <= log[-1]["tokens_seen"] <= 6 * 2 * LENGTH
     assert (whole / "runs/whole/loss.png").is_file()
+    (page,) = whole.glob("programs/*/plan.html")
+    assert "easured" in page.read_text(encoding="utf-8"), "the run stands beside the plan"
 
 
 def test_a_run_leaves_checkpoints_that_say_what_they_are(whole):

@@ -112,7 +112,11 @@ def _prepare(
     if dist.get_rank() != 0:
         return None
     from seqloom.emit.pipeline import ensure_program
+    from seqloom.report.plan_page import PAGE, write_plan_page
 
     check_folders(config)
     dataset.check_vocab(vocab_size)
-    return str(ensure_program(request, say))
+    folder = ensure_program(request, say)
+    if not (folder / PAGE).is_file():
+        write_plan_page(folder)
+    return str(folder)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from seqloom.checkpoint import find_checkpoint, folders, load_checkpoint, save_checkpoint
 from seqloom.errors import UserError
+from seqloom.report.plan_page import write_plan_page
 from seqloom.runtime.mesh import init_distributed
 from seqloom.runtime.optimizer import model_and_optimizer_tensors
 from seqloom.trainer.build import Run, build
@@ -96,8 +97,10 @@ def _train(run: Run, progress: Progress) -> None:
     if dist.get_rank() == 0:
         name, folder = run.config.compile.name, run.config.log_folder
         plot_loss(folder, f"{name}: {run.config.compile.model_id}")
+        page = write_plan_page(run.program_folder, folder)
         _say(f"finished step {progress.step}: loss {final['loss']:.4f} on the first rows of the data")
         _say(f"checkpoints in {run.config.run_folder}; log.jsonl, loss.png, final.json and TensorBoard events in {folder}")
+        _say(f"predicted beside measured in {page}")
 
 
 def _step(run: Run, progress: Progress) -> StepRecord:
