@@ -147,18 +147,28 @@ class BruteForce:
         return {key: self._counts(region) for key, region in self.regions.parts.items()}
 
     def _counts(self, region: Region) -> Counts:
-        """Within a segment whole recomputation and its tilings exclude each other, and so do those of what is replayed from the host."""
-        tables = []
-        for modes in self.modes[region.key]:
-            rows = [c for c in itertools.product(range(region.count + 1), repeat=len(modes)) if sum(c) == region.count]
-            same = [[i for i, mode in enumerate(modes) if mode.kind == kind] for kind in ("recompute", "spill")]
-            tables.append(np.array([row for row in rows if all(sum(row[i] > 0 for i in tilings) <= 1 for tilings in same)]))
+        tables = self._tables(region)
         index = np.indices([len(table) for table in tables]).reshape(len(tables), -1) if tables else np.zeros((0, 1), dtype=int)
         layers = [
             {m: table[at][:, i] for i, m in enumerate(modes)}
             for table, at, modes in zip(tables, index, self.modes[region.key], strict=True)
         ]
         return Counts(index.shape[1], tuple(layers))
+
+    def rows(self, region: Region) -> int:
+        """How many ways there are to give a region's layers their modes."""
+        return prod(len(table) for table in self._tables(region))
+
+    def _tables(self, region: Region) -> list[np.ndarray]:
+        """By segment, every way to give its layers their modes: whole recomputation and its tilings exclude each other, and so do those of
+        what is replayed from the host.
+        """
+        tables = []
+        for modes in self.modes[region.key]:
+            rows = [c for c in itertools.product(range(region.count + 1), repeat=len(modes)) if sum(c) == region.count]
+            same = [[i for i, mode in enumerate(modes) if mode.kind == kind] for kind in ("recompute", "spill")]
+            tables.append(np.array([row for row in rows if all(sum(row[i] > 0 for i in tilings) <= 1 for tilings in same)]))
+        return tables
 
     # --- one region, before storage ---
 

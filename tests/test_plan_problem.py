@@ -131,7 +131,7 @@ def small(brute: BruteForce) -> bool:
     """Whether everything can be tried in a moment."""
     if not brute.feasible or brute.count > MOST:
         return False
-    return all(counts.rows <= 1000 for counts in brute.counts.values()) and 1 < brute.whole < 1e7
+    return all(brute.rows(region) <= 1000 for region in brute.regions.parts.values()) and 1 < brute.whole < 1e7
 
 
 def example(seed: int) -> tuple[BruteForce, Storage, np.ndarray, random.Random]:

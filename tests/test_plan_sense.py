@@ -143,7 +143,7 @@ def test_an_impossible_request_is_one_sentence_with_the_cure():
     text = str(caught.value)
     assert text.startswith("no plan fits: the leanest one needs ") and "\n" not in text
     assert "leaves 22.4 GiB after its margin" in text and "GiB short" in text
-    assert "what would fit: --plan_ngpus " in text and "no shorter --seq_len helps" in text
+    assert "what would fit: devices of " in text and "no shorter --seq_len helps" in text
 
 
 def test_the_number_of_ranks_that_a_refusal_names_does_fit():
