@@ -6,7 +6,7 @@ import os
 
 from seqloom.errors import UserError
 from seqloom.trainer.config import CompileConfig
-from seqloom.trainer.summary import prediction_line
+from seqloom.trainer.summary import kernel_note, prediction_line
 
 
 def compile_only(config: CompileConfig) -> None:
@@ -25,3 +25,6 @@ def compile_only(config: CompileConfig) -> None:
         print(
             f"note: {share:.0%} of the compute is repeated by all {compiled.plan['mesh'][axis]} ranks of {axis}: splitting it would not pay"
         )
+    note = kernel_note(config.attention_kernel)
+    if note:
+        print(f"note: {note}")

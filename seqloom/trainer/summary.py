@@ -28,14 +28,16 @@ def summary(run: Run, done: int) -> str:
         ("predicted", prediction_line(run.plan)),
         ("files", f"{run.program_folder}, {run.config.run_folder}, {run.config.log_folder}"),
     ]
+    note = kernel_note(compile_config.attention_kernel)
+    rows += [("note", note)] if note else []
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
 
 
 def plan_line(run: Run) -> str:
-    """Mesh, storage and recomputation."""
+    """Mesh, storage and what becomes of activations."""
     axes = " x ".join(f"{name} {size}" for name, size in (("dp", run.loader.dp_size), *run.program.MESH.items()) if size > 1)
-    return f"{axes or 'one rank'}, ZeRO {run.program.ZERO}, recompute {_recomputed(run.plan)}"
+    return f"{axes or 'one rank'}, ZeRO {run.program.ZERO}, {_modes(run.plan)}"
 
 
 def prediction_line(plan: dict[str, Any]) -> str:
@@ -54,7 +56,20 @@ def plural(count: int, one: str, many: str | None = None) -> str:
     return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
-def _recomputed(plan: dict[str, Any]) -> str:
-    """The segments that are recomputed, each once whatever the number of blocks."""
-    names = {name: None for block in plan["segments"].values() for name, counts in block.items() if counts["recompute"]}
-    return ", ".join(names) or "nothing"
+def kernel_note(kernel: str | None) -> str | None:
+    """What is to be said of a plan that was made for an attention kernel other than PyTorch's; None where there is nothing."""
+    if kernel is None:
+        return None
+    return f"the plan is for the attention kernel {kernel}; training runs PyTorch's own kernels, so expect longer steps than predicted"
+
+
+def _modes(plan: dict[str, Any]) -> str:
+    """`activations kept`, or each segment with what is done with it in how many layers."""
+    told: dict[str, str] = {}
+    for block in plan["segments"].values():
+        for name, row in block.items():
+            layers = sum(count for mode, count in row.items() if mode not in ("tiles", "kept"))
+            used = [f"{mode} {count}/{layers}" for mode, count in row.items() if mode not in ("tiles", "kept", "keep") and count]
+            if used:
+                told[name] = f"{name} {' '.join(used)}"
+    return ", ".join(told.values()) or "activations kept"
