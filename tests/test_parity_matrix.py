@@ -133,11 +133,13 @@ def test_a_wrong_program_is_seen(case: Case, differences: dict[str, Difference])
 
 
 def test_matrix_holds_every_combination_once() -> None:
-    assert len({case.id for case in CASES}) == len(CASES) == len(MODELS) * len(SPLITS) * len(ZERO) * 2
+    assert len({case.id for case in CASES}) == len(CASES) == len(MODELS) * len(SPLITS) * len(ZERO)
     accumulating = [case for case in CASES if case.accumulation == 2]
     assert len(accumulating) * 3 == len(CASES)
     assert {case.split for case in accumulating} == set(SPLITS)
-    assert {(case.model, case.zero, case.recompute) for case in accumulating} == set(itertools.product(MODELS, ZERO, (False, True)))
+    for cases in (CASES, accumulating):
+        assert {(case.model, case.zero, case.recompute) for case in cases} == set(itertools.product(MODELS, ZERO, (False, True)))
+    assert {(case.split, case.recompute) for case in CASES} == set(itertools.product(SPLITS, (False, True)))
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -14,7 +14,8 @@ from plan_samples import Sketch, slow_toy
 
 from seqloom.cost.hardware import GIB
 from seqloom.graph import Graph, Value
-from seqloom.plan.memory import MEMORY_TOLERANCE, Memory, add_memory, add_storage
+from seqloom.plan.budget import MEMORY_TOLERANCE, add_storage
+from seqloom.plan.memory import Memory, add_memory
 from seqloom.plan.price import Machine
 from seqloom.plan.problem import build_problem
 from seqloom.plan.regions import build_regions

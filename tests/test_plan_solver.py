@@ -19,9 +19,10 @@ from test_plan_problem import best_within, random_graph, small
 
 from seqloom.cost.hardware import load_hardware
 from seqloom.errors import UserError
+from seqloom.plan.budget import add_storage
 from seqloom.plan.evaluate import Evaluation, evaluate
 from seqloom.plan.linear import LinearProgram, OutOfTime
-from seqloom.plan.memory import add_memory, add_storage
+from seqloom.plan.memory import add_memory
 from seqloom.plan.modes import HOST, KEEP
 from seqloom.plan.placement import R, S
 from seqloom.plan.plan import Plan, PlanMismatch, realize

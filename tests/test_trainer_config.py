@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seqloom.data.metadata import Metadata, write_metadata
@@ -170,6 +170,7 @@ def test_ranks_must_fill_scale_units():
         train_config("--seq_len", "8", "--plan_ngpus", "2", "--runtime_ngpus", "3").compile.request()
 
 
+@settings(deadline=None)
 @given(rows=st.integers(1, 500), per_step=st.integers(1, 64), epochs=st.integers(1, 5))
 def test_steps_are_what_the_epochs_fill(rows, per_step, epochs):
     steps = train_config("--num_epochs", str(epochs)).total_steps(rows, per_step)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from seqloom.cost.hardware import GIB
+from seqloom.plan.budget import add_storage
 from seqloom.plan.labels import ATTENTION
 from seqloom.plan.linear import OutOfTime
-from seqloom.plan.memory import add_memory, add_storage
+from seqloom.plan.memory import add_memory
 from seqloom.plan.price import Machine
 from seqloom.plan.problem import build_problem
 from seqloom.plan.regions import Regions

@@ -23,9 +23,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from seqloom.errors import UserError
+from seqloom.plan.budget import add_bound, add_storage
 from seqloom.plan.failure import why_nothing_fits
 from seqloom.plan.linear import LinearProgram, OutOfTime, Solution
-from seqloom.plan.memory import Memory, add_bound, add_memory, add_storage
+from seqloom.plan.memory import Memory, add_memory
 from seqloom.plan.modes import Counts, in_order
 from seqloom.plan.placement import Layout
 from seqloom.plan.price import Machine
