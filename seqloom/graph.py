@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -77,7 +78,7 @@ class Node:
     module: str = ""
     module_class: str = ""
 
-    @property
+    @cached_property
     def inputs(self) -> tuple[str, ...]:
         """Names of the tensor inputs, in order, repeated as often as they are used."""
         return tuple(refs((self.args, tuple(v for _, v in self.kwargs))))

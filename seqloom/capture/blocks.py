@@ -9,6 +9,7 @@ with a `block:` node per piece.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -28,7 +29,8 @@ class _Piece:
 
 def find_blocks(graph: Graph, classes: Mapping[str, str]) -> Graph:
     """`graph` with every piece replaced by a call of its block. `classes`: module path -> class name."""
-    pieces = [piece for prefix, nodes in _runs(graph, classes) if (piece := _lift(graph, prefix, nodes)) is not None]
+    readers = _readers(graph.nodes)
+    pieces = [piece for prefix, nodes in _runs(graph, classes) if (piece := _lift(graph, prefix, nodes, readers)) is not None]
     bodies: list[Graph] = []
     members: list[list[_Piece]] = []
     for piece in pieces:
@@ -79,11 +81,15 @@ def _candidate(path: str, classes: Mapping[str, str]) -> str:
     return ""
 
 
-def _lift(graph: Graph, prefix: str, nodes: tuple[Node, ...]) -> _Piece | None:
+def _readers(nodes: Sequence[Node]) -> Counter[str]:
+    """How many nodes read each value."""
+    return Counter(name for node in nodes for name in set(node.inputs))
+
+
+def _lift(graph: Graph, prefix: str, nodes: tuple[Node, ...], readers: Counter[str]) -> _Piece | None:
     """The piece as a graph of its own, None if its parameters are used elsewhere too (shared layers stay in the outer graph)."""
     inside = {name for node in nodes for name in node.outputs}
-    ours = {id(node) for node in nodes}
-    elsewhere = {name for node in graph.nodes if id(node) not in ours for name in node.inputs} | set(graph.outputs)
+    elsewhere = set(readers - _readers(nodes)) | set(graph.outputs)
     state = {v.name: key for v in graph.values.values() if v.fqn is not None and (key := relative_path(v.fqn, prefix))}
     if any(name in elsewhere for name in state):
         return None

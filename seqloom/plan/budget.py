@@ -32,10 +32,22 @@ def add_bound(memory: Memory, choices: Sequence[Storage]) -> LinearProgram:
     many layers (with few, the least of every figure over all that may need less), and of every traffic the least that any of them has.
     """
     first, *others = choices
-    return _complete(memory, (first, *(other for other in others if _may_need_less(memory.problem, other, first))), choices, False)
+    return _complete(memory, (first, *(other for other in others if may_need_less(memory.problem, other, first))), choices, False)
 
 
-def _may_need_less(problem: Problem, other: Storage, first: Storage) -> bool:
+def has_room(problem: Problem, storage: Storage, budget_bytes: float) -> bool:
+    """Whether parameters, gradients and optimizer state alone leave room in the budget, each parameter in as small pieces as any strategy
+    makes of it.
+    """
+    needed = 0.0
+    for region in problem.regions.parts.values():
+        element = group_cost(1.0, problem.machine, storage, region.key == OUTER)
+        least = sum(min(numel for _, numel in columns) for columns in parameter_terms(problem, region).values())
+        needed += region.count * least * (element.standing_bytes + element.ending_bytes)
+    return needed <= budget_bytes
+
+
+def may_need_less(problem: Problem, other: Storage, first: Storage) -> bool:
     """Whether some row of the budget may be smaller under the other storage."""
     for region in problem.regions.parts.values():
         figures = [_row_bytes(group_cost(1.0, problem.machine, storage, region.key == OUTER), region) for storage in (other, first)]

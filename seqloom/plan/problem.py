@@ -6,7 +6,8 @@ Variables (`x`, `slot`, `layers`, `used`, `back` are whole numbers; the others f
   z[c, s, m]       share of the layers in which c runs s while its segment runs m         `_cluster_variables`
   slot[t, L]       the values of border slot t (or a graph input) lie in layout L         `_slot_variables`
   e[v, c, L, M]    consumer c gets value v, made in layout L, in layout M                 `_edge`
-  r[v, g, L, M]    value v is resharded from L to M for the consumers in segment g        `_edge`
+  r[v, g, L, M]    value v is resharded from L to M for the consumers in segment g,       `_edge`
+                   where there are several
   again[v, g, ..]  share of the layers in which it is resharded once more                 `_edge`
   hidden           seconds of ZeRO and host traffic that compute does not hide            `memory.add_storage`, `memory.add_memory`
   saved, kept, used, back, transient                                                      `memory.add_memory`
@@ -21,6 +22,7 @@ parameter has one layout (`_parameter_constraints`); nothing is resharded inside
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -67,6 +69,16 @@ class Consumer:
     again: bool
 
 
+@dataclass(frozen=True)
+class Tables:
+    """What was worked out about one mesh: prices by cluster, strategy and tiles; reshards by value. Programs of the same mesh share it."""
+
+    prices: dict[tuple, Price] = field(default_factory=dict)
+    paths: dict[tuple, Path | None] = field(default_factory=dict)
+    routes: dict[tuple, dict[Layout, Route]] = field(default_factory=dict)
+    moves: dict[tuple, list[tuple[float, Move]]] = field(default_factory=dict)
+
+
 @dataclass
 class Problem:
     """The program under construction and the meaning of its variables. `shares[x][mode]` is z; `layers[region, segment][mode]`."""
@@ -77,6 +89,7 @@ class Problem:
     recompute: bool | None
     offload: bool
     open_constants: bool
+    tables: Tables = field(default_factory=Tables)
     program: LinearProgram = field(default_factory=LinearProgram)
     choices: dict[int, Choice] = field(default_factory=dict)
     shares: dict[int, dict[Mode, int]] = field(default_factory=dict)
@@ -89,6 +102,13 @@ class Problem:
         """The variables of one cluster."""
         return self._by_part.get((region, part), [])
 
+    def price_of(self, region: Region, part: int, order: int, strategy: Strategy) -> Price:
+        """The price of a cluster under the strategy that is number `order` of its list."""
+        key = (region.key, part, order)
+        if key not in self.tables.prices:
+            self.tables.prices[key] = price(region.graph, region.parts[part], strategy, self.machine)
+        return self.tables.prices[key]
+
     def share(self, region: Region, segment: int | None, *kinds: str) -> list[Term]:
         """Terms that add up to the share of a segment's layers in modes of these kinds."""
         if segment is None:
@@ -99,23 +119,23 @@ class Problem:
         """Cheapest reshard of a value in this mesh."""
         value = region.graph.values[name]
         key = (value.shape, value.dtype, value.requires_grad, src, dst)
-        if key not in self._paths:
+        if key not in self.tables.paths:
             dims = path_dims(src, dst)
             start = (*key[:4], dims)
-            if start not in self._routes:  # one search serves all targets
-                self._routes[start] = cheapest_paths(src, dims, lambda layout, dims: self._priced(region, name, layout, dims))
-            found = self._routes[start].get(dst)
-            self._paths[key] = None if found is None else Path(*found, self._forward(value, src, found[1]))
-        return self._paths[key]
+            if start not in self.tables.routes:  # one search serves all targets
+                self.tables.routes[start] = cheapest_paths(src, dims, lambda layout, dims: self._priced(region, name, layout, dims))
+            found = self.tables.routes[start].get(dst)
+            self.tables.paths[key] = None if found is None else Path(*found, self._forward(value, src, found[1]))
+        return self.tables.paths[key]
 
     def _priced(self, region: Region, name: str, layout: Layout, dims: tuple[int, ...]) -> list[tuple[float, Move]]:
         """Moves of a value out of a layout with their seconds."""
         value = region.graph.values[name]
         key = (value.shape, value.dtype, value.requires_grad, layout, dims)
-        if key not in self._moves:
+        if key not in self.tables.moves:
             moves = cached_moves(value.shape, self.machine.sizes, layout, dims)
-            self._moves[key] = [(sum(move_seconds(value, layout, move, self.machine)) + TIE, move) for move in moves]
-        return self._moves[key]
+            self.tables.moves[key] = [(sum(move_seconds(value, layout, move, self.machine)) + TIE, move) for move in moves]
+        return self.tables.moves[key]
 
     def _forward(self, value: Value, src: Layout, moves: tuple[Move, ...]) -> float:
         seconds, before = 0.0, src
@@ -128,22 +148,11 @@ class Problem:
     def _by_part(self) -> dict[tuple[str, int], list[tuple[int, Choice]]]:
         return {}
 
-    @cached_property
-    def _paths(self) -> dict[tuple, Path | None]:
-        return {}
 
-    @cached_property
-    def _routes(self) -> dict[tuple, dict[Layout, Route]]:
-        return {}
-
-    @cached_property
-    def _moves(self) -> dict[tuple, list[tuple[float, Move]]]:
-        return {}
-
-
-def build_problem(regions: Regions, machine: Machine, request: Request) -> Problem:
-    """The program of one mesh, for what is asked, without storage and memory."""
-    problem = Problem(regions, machine, request.itemsize, request.recompute, request.may_offload, request.open_constants)
+def build_problem(regions: Regions, machine: Machine, request: Request, tables: Tables | None = None) -> Problem:
+    """The program of one mesh, for what is asked, without storage and memory. `tables` of the same mesh save most of the work."""
+    asked = (request.itemsize, request.recompute, request.may_offload, request.open_constants)
+    problem = Problem(regions, machine, *asked, Tables() if tables is None else tables)
     for region in regions.parts.values():
         _mode_variables(problem, region)
         _cluster_variables(problem, region)
@@ -184,7 +193,7 @@ def _cluster_variables(problem: Problem, region: Region) -> None:
         segment = region.segment_of(index)
         modes = problem.layers[region.key, segment] if segment is not None else {}
         for order, strategy in enumerate(found):
-            cost = price(region.graph, part, strategy, problem.machine)
+            cost = problem.price_of(region, index, order, strategy)
             column = program.variable(region.count * (cost.forward_s + cost.backward_s + TIE * order), binary=True)
             problem.choices[column] = choice = Choice(region.key, index, strategy, cost)
             problem._by_part.setdefault((region.key, index), []).append((column, choice))
@@ -307,11 +316,13 @@ def _call_inputs(problem: Problem) -> dict[str, dict[str, None]]:
 def _edge(problem: Problem, region: Region, name: str, maker: int | None, source: Ends, consumers: list[Consumer]) -> None:
     """Tie a value's layout where it is made to its layout at each consumer; pay each distinct reshard once a segment."""
     program = problem.program
+    together = {segment for segment, number in Counter(consumer.segment for consumer in consumers).items() if number > 1}
     reshards: dict[tuple[int | None, Layout, Layout], int] = {}
     again: dict[tuple[int | None, Layout, Layout], int] = {}
     for consumer in consumers:
         leaving: dict[Layout, list[Term]] = {layout: [(c, -1.0) for c in columns] for layout, columns in source.items()}
         entering: dict[Layout, list[Term]] = {layout: [(c, -1.0) for c in columns] for layout, columns in consumer.ends.items()}
+        share = problem.share(region, consumer.segment, "spill", *(("recompute", "selective") if consumer.again else ()))
         for src in source:
             for dst in consumer.ends:
                 path = problem.path(region, name, src, dst)
@@ -323,12 +334,15 @@ def _edge(problem: Problem, region: Region, name: str, maker: int | None, source
                 if not path.moves:
                     continue
                 key = (consumer.segment, src, dst)
-                if key not in reshards:
-                    reshards[key] = program.variable(region.count * path.seconds, upper=1.0)
-                    _keep_whole(problem, region, consumer.segment, maker, reshards[key])
-                program.constrain([(reshards[key], 1.0), (edge, -1.0)], 0.0)
-                share = problem.share(region, consumer.segment, "spill", *(("recompute", "selective") if consumer.again else ()))
-                if share:
+                if consumer.segment not in together:  # the edge is the reshard
+                    program.costs[edge] = region.count * path.seconds
+                    _keep_whole(problem, region, consumer.segment, maker, edge)
+                else:
+                    if key not in reshards:
+                        reshards[key] = program.variable(region.count * path.seconds, upper=1.0)
+                        _keep_whole(problem, region, consumer.segment, maker, reshards[key])
+                    program.constrain([(reshards[key], 1.0), (edge, -1.0)], 0.0)
+                if share and path.forward:
                     if key not in again:
                         again[key] = program.variable(region.count * path.forward, upper=1.0)
                     program.constrain([(again[key], 1.0), (edge, -1.0), *((n, -s) for n, s in share)], -1.0)

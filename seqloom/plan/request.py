@@ -69,7 +69,7 @@ def candidate_meshes(request: Request) -> Iterator[tuple[Axis, ...]]:
     node = request.hardware.links[0].ranks_per_group
     for sizes in _factorizations(request.ranks, request.most_axes):
         for splits in range(min(len(sizes), MAX_SPLIT_AXES) + 1):
-            if len(sizes) - splits > request.sum_axes or _mirrored(sizes, splits, node):
+            if len(sizes) - splits > request.sum_axes or _mirrored(sizes, splits, node) or _straddles(sizes, node):
                 continue
             if splits == 0 or prod(sizes[len(sizes) - splits :]) <= node:
                 roles = ["sum"] * (len(sizes) - splits) + ["split"] * splits
@@ -97,6 +97,12 @@ def _mirrored(sizes: tuple[int, ...], splits: int, node: int) -> bool:
     """Whether a mesh differs from another one only in the order of two `sum` axes inside a node, and has the smaller one in front."""
     sums = range(len(sizes) - splits)
     return any(sizes[outer] < sizes[inner] and prod(sizes[outer:]) <= node for outer, inner in pairwise(sums))
+
+
+def _straddles(sizes: tuple[int, ...], node: int) -> bool:
+    """Whether a mesh of three axes over whole nodes has no border between axes where nodes end."""
+    ranks = prod(sizes)
+    return len(sizes) > 2 and ranks > node and ranks % node == 0 and all(prod(sizes[axis:]) != node for axis in range(1, len(sizes)))
 
 
 def _factorizations(ranks: int, axes: int) -> Iterator[tuple[int, ...]]:

@@ -7,9 +7,10 @@ that states it. Around it this module enumerates
   meshes      factorizations of the ranks into at most three axes, each axis with a role (`request.candidate_meshes`)
   storages    ZeRO 3 to 0 over subsets of the axes, those left out that another one beats in everything (`storage.storages`)
 
-and keeps the fastest plan that fits. For each mesh a relaxation that no storage can beat is solved first (`memory.add_bound`); meshes are
-then tried from the most promising one on, and most end there. Then for each storage the LP relaxation; when it is no better than the best
-plan so far the candidate is done, when it is integral it is the answer, otherwise HiGHS branches. Host memory is taken only where it saves
+and keeps the fastest plan that fits. For each mesh a relaxation that no storage can beat is solved first (`budget.add_bound`); meshes are
+then tried from the most promising one on, and most end there; those of three axes after the others. Then for each storage the LP
+relaxation; when it is no better than the best plan so far the candidate is done, when it is integral it is the answer, otherwise HiGHS
+branches. Host memory is taken only where it saves
 a hundredth of the step: its copies must come in time for the planned memory to hold, and nothing else here depends on timing. The same
 input always gives the same answer: candidates come in a fixed order, a later one must be better, and ties inside a program are broken by
 a tiny cost per strategy.
@@ -17,20 +18,25 @@ a tiny cost per strategy.
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from threading import Lock
 
 from seqloom.errors import UserError
-from seqloom.plan.budget import add_bound, add_storage
+from seqloom.plan.budget import add_bound, add_storage, has_room, may_need_less
 from seqloom.plan.failure import why_nothing_fits
 from seqloom.plan.linear import LinearProgram, OutOfTime, Solution
-from seqloom.plan.memory import Memory, add_memory
+from seqloom.plan.memory import add_memory
 from seqloom.plan.modes import Counts, in_order
 from seqloom.plan.placement import Layout
 from seqloom.plan.price import Machine
-from seqloom.plan.problem import Problem, build_problem, chosen_layers, chosen_strategies
+from seqloom.plan.problem import Problem, Tables, build_problem, chosen_layers, chosen_strategies
 from seqloom.plan.regions import Regions
 from seqloom.plan.request import Request, candidate_meshes, wanted_sum_axes
 from seqloom.plan.space import Axis, Constants
@@ -38,8 +44,12 @@ from seqloom.plan.storage import Storage, storages
 
 BETTER = 1e-9  # seconds by which a later candidate must win, beside the gap
 ENDLESS = 1e18  # bytes of memory: no limit
+Mesh = tuple[Axis, ...]
+Leaf = tuple[Storage, Solution]  # with the solution of its relaxation
 WhyNot = Callable[[Regions, Request], str]
-FAR = 0.1  # share of a step by which a mesh must be slower for its refinements not to be looked at
+FAR = {"sum": 0.25, "split": 0.1}  # share of a step by which a mesh must be slower for its refinements not to be looked at
+COARSE = 2  # axes of a mesh
+THREADS = 2  # the solver works outside Python's lock
 OFFLOAD_GAIN = 0.01  # share of a step that host memory must save: copies that come late cost memory that was not planned
 
 
@@ -51,7 +61,7 @@ class Decisions:
     the modes in layer order with their numbers of layers; `slots` are the layouts at block borders and of the graph's inputs.
     """
 
-    axes: tuple[Axis, ...]
+    axes: Mesh
     dp: int
     storage: Storage
     splits: Mapping[str, tuple[tuple[str, ...], ...]]
@@ -66,7 +76,7 @@ class Alternative:
     storage. `reason` says in a clause why it was not chosen.
     """
 
-    axes: tuple[Axis, ...]
+    axes: Mesh
     storage: Storage | None
     seconds: float | None
     exact: bool
@@ -91,7 +101,7 @@ class SolverReport:
 @dataclass
 class Search:
     """The best plans so far, without and with host memory, and what was tried; `free` bounds every mesh by the seconds that it takes with
-    no storage and no limit of memory, `unlimited` the chosen one with its storage.
+    no storage and no limit of memory (or with host memory, once that is known).
     """
 
     request: Request
@@ -99,29 +109,44 @@ class Search:
     variables: int = 0
     programs: int = 0
     unsolved: int = 0
-    unlimited: float | None = None
-    free: dict[tuple[Axis, ...], float] = field(default_factory=dict)
+    free: dict[Mesh, float] = field(default_factory=dict)
     tried: dict[bool, list[Alternative]] = field(default_factory=lambda: {False: [], True: []})
+    tables: dict[Mesh, Tables] = field(default_factory=dict)
+    lock: Lock = field(default_factory=Lock)
 
     def limit(self, offload: bool) -> float:
-        """Seconds that the next candidate must beat: the best so far by the gap, a plan without host memory by `OFFLOAD_GAIN`."""
+        """Seconds that the next candidate must beat: the best so far by the gap; a plan that takes host memory one without by
+        `OFFLOAD_GAIN`, so much may the other be slower.
+        """
         limits = [float("inf")]
         if offload in self.best:
             limits.append(self.best[offload][0] * (1 - self.request.gap) - BETTER)
         if offload and False in self.best:
             limits.append(self.best[False][0] * (1 - OFFLOAD_GAIN))
+        if not offload and True in self.best:
+            limits.append(self.best[True][0] / (1 - OFFLOAD_GAIN))
         return min(limits)
+
+
+@dataclass(order=True)
+class _Open:
+    """A mesh, or one storage of it, where a better plan may be: none takes less than `seconds`. In the order of being looked into."""
+
+    promise: tuple[float, int]
+    order: int
+    axes: Mesh = field(compare=False)
+    seconds: float = field(compare=False)
+    leaf: Leaf | None = field(default=None, compare=False)
 
 
 def solve(regions: Regions, request: Request, why: WhyNot = why_nothing_fits) -> tuple[Decisions, SolverReport]:
     """The fastest decisions that fit. Raises `UserError` when none does, with what binds, in the words of `why`."""
     started = time.monotonic()
     search = Search(replace(request, sum_axes=wanted_sum_axes(regions, request)))
-    for offload in (False, True) if request.may_offload else (False,):
-        for bound in _bounds(search, regions, offload):
-            if bound.seconds is not None and bound.seconds < search.limit(offload):
-                _try_mesh(search, regions, bound, offload)
-            search.tried[offload].append(bound)
+    coarse, fine = _levels(search.request)
+    for meshes, passes in ((coarse, (False, True)), (fine, (True, False))):
+        for offload in passes if request.may_offload else (False,):
+            _explore(search, regions, meshes, offload)
     if not search.best and search.unsolved:
         raise UserError(
             f"no plan was found: {search.unsolved} of {search.programs} searches met the limit of {request.time_limit_s:g} s without one; "
@@ -134,41 +159,97 @@ def solve(regions: Regions, request: Request, why: WhyNot = why_nothing_fits) ->
     seconds, decisions, solution = search.best[takes_host]
     status = solution.status if not search.unsolved else f"{solution.status}; {search.unsolved} searches out of time"
     tried = _alternatives(search.tried[takes_host], decisions, seconds)
+    unlimited = _unlimited(search, _problem(search, regions, decisions.axes, takes_host))
     elapsed = time.monotonic() - started
-    return decisions, SolverReport(status, solution.gap, elapsed, search.variables, search.programs, tried, search.unlimited)
+    return decisions, SolverReport(status, solution.gap, elapsed, search.variables, search.programs, tried, unlimited)
 
 
-def _bounds(search: Search, regions: Regions, offload: bool) -> list[Alternative]:
-    """A bound on every mesh, the most promising one first. With host memory only meshes that memory holds back are looked at."""
-    found: list[Alternative] = []
-    for axes in candidate_meshes(search.request):
-        if (reason := _not_promising(axes, found)) is not None:
-            found.append(Alternative(axes, None, None, False, reason))
-            continue
-        if axes in search.free and search.free[axes] >= search.limit(offload):
-            found.append(Alternative(axes, None, search.free[axes], False, ""))
-            continue
+def _levels(request: Request) -> tuple[list[Mesh], list[Mesh]]:
+    """The meshes of one or two axes, then those of more, which take far longer and are mostly ruled out by what the others gave."""
+    meshes = list(candidate_meshes(request))
+    return [mesh for mesh in meshes if len(mesh) <= COARSE], [mesh for mesh in meshes if len(mesh) > COARSE]
+
+
+def _explore(search: Search, regions: Regions, meshes: Sequence[Mesh], offload: bool) -> None:
+    """Best first: of what is open (meshes, and storages of meshes looked into) always what promises most, until nothing can be better.
+
+    Programs that do not wait for each other are solved `THREADS` at a time.
+    """
+    with ThreadPoolExecutor(THREADS) as pool:
+        bounds = list(pool.map(lambda axes: _bound(search, regions, axes, offload), meshes))
+        tried = {bound.axes: bound for bound, _ in bounds}
+        order = itertools.count()
+        heap = [_Open(_promise(bound), next(order), bound.axes, bound.seconds, leaf) for bound, leaf in bounds if bound.seconds is not None]
+        heapq.heapify(heap)
+        while heap:
+            first = heapq.heappop(heap)
+            if first.seconds >= search.limit(offload):
+                continue
+            if first.leaf is not None:
+                _settle(search, regions, first, offload)
+                continue
+            looked_into = [first, *_meshes_next(heap, search.limit(offload))]
+            leaves = pool.map(lambda item: _leaves(search, regions, item.axes, offload), looked_into)
+            for item, (found, bound) in zip(looked_into, leaves, strict=True):
+                tried[item.axes] = bound
+                for leaf in found:
+                    seconds = leaf[1].objective
+                    heapq.heappush(heap, _Open(_promise(replace(bound, seconds=seconds)), next(order), item.axes, seconds, leaf))
+    search.tried[offload] += sorted(tried.values(), key=_promise)
+    if offload:  # what host memory does not help to is no faster without
+        search.free.update({axes: bound.seconds for axes, bound in tried.items() if bound.seconds is not None})
+
+
+def _meshes_next(heap: list[_Open], limit: float) -> list[_Open]:
+    """Meshes that come next, to be looked into beside the first."""
+    found: list[_Open] = []
+    while heap and len(found) < THREADS - 1 and heap[0].leaf is None and heap[0].seconds < limit:
+        found.append(heapq.heappop(heap))
+    return found
+
+
+def _bound(search: Search, regions: Regions, axes: Mesh, offload: bool) -> tuple[Alternative, Leaf | None]:
+    """A bound on one mesh: the one without memory where that rules it out, or one that no storage can beat; where there is but one storage
+    that may fit, with it and its relaxation.
+    """
+    if (reason := _not_promising(axes, search.tried[offload])) is not None:
+        return Alternative(axes, None, None, False, reason), None
+    limit, problem = search.limit(offload), None
+    if axes not in search.free and math.isfinite(limit):
         problem = _problem(search, regions, axes, offload)
-        free = _solve_one(search, problem.program, relaxed=True) if problem.feasible and axes not in search.free else None
+        free = _solve_one(search, problem.program, relaxed=True) if problem.feasible else None
         if free is not None:
             search.free[axes] = free.objective
-        if axes not in search.free:
-            found.append(Alternative(axes, None, None, False, "out of time" if problem.feasible else "its sizes do not divide the model"))
-        else:
-            bound = _solve_one(search, add_bound(*_memory(search, problem)), relaxed=True)
-            seconds, reason = (None, "it does not fit in memory") if bound is None else (bound.objective, "")
-            found.append(Alternative(axes, None, seconds, False, reason))
-    return sorted(found, key=_promise)
+    if axes in search.free and search.free[axes] >= limit:
+        return Alternative(axes, None, search.free[axes], False, ""), None
+    problem = problem or _problem(search, regions, axes, offload)
+    if not problem.feasible:
+        return Alternative(axes, None, None, False, "its sizes do not divide the model"), None
+    choices = _storages(search, problem)
+    try:
+        bound = _solve(search, add_bound(add_memory(problem, search.request.budget_bytes), choices), relaxed=True) if choices else None
+    except OutOfTime:
+        return Alternative(axes, None, None, False, "out of time"), None
+    if bound is None:
+        return Alternative(axes, None, None, False, "it does not fit in memory"), None
+    return Alternative(axes, None, bound.objective, False, ""), (choices[0], bound) if len(choices) == 1 else None
 
 
-def _not_promising(axes: tuple[Axis, ...], found: Sequence[Alternative]) -> str | None:
-    """Why a mesh with two `split` axes is not looked at: with the two as one axis it is slower than another mesh by more than `FAR`."""
-    if len(axes) < 3 or axes[-2].role != "split":
+def _not_promising(axes: Mesh, tried: Sequence[Alternative]) -> str | None:
+    """Why a mesh is not looked at: with two of its axes as one it is slower than another mesh by more than `FAR`."""
+    known = {other.axes: other.seconds for other in tried if other.seconds is not None}
+    joined = [known[mesh] for mesh in _joined(axes) if mesh in known]
+    if len(axes) <= COARSE or not joined:
         return None
-    joined = (*axes[:-2], Axis(axes[-2].size * axes[-1].size, "split"))
-    known = {tried.axes: tried.seconds for tried in found if tried.seconds is not None}
-    slower = known[joined] / min(known.values()) - 1 if joined in known else 0.0
-    return f"not searched: {slower:.0%} slower with one split axis" if slower > FAR else None
+    slower = min(joined) / min(known.values()) - 1
+    return f"not searched: {slower:.0%} slower with two axes as one" if slower > FAR[axes[-2].role] else None
+
+
+def _joined(axes: Mesh) -> Iterator[Mesh]:
+    """The mesh with two neighbouring axes of one role as one axis."""
+    for index, (outer, inner) in enumerate(pairwise(axes)):
+        if outer.role == inner.role:
+            yield (*axes[:index], Axis(outer.size * inner.size, outer.role), *axes[index + 2 :])
 
 
 def _promise(tried: Alternative) -> tuple[float, int]:
@@ -176,54 +257,84 @@ def _promise(tried: Alternative) -> tuple[float, int]:
     return (float("inf") if tried.seconds is None else round(math.log(tried.seconds) / 0.002), len(tried.axes))
 
 
-def _problem(search: Search, regions: Regions, axes: tuple[Axis, ...], offload: bool) -> Problem:
+def _problem(search: Search, regions: Regions, axes: Mesh, offload: bool) -> Problem:
     request = replace(search.request, offload=offload)
-    return build_problem(regions, Machine(request.hardware, axes, request.dp), request)
+    return build_problem(regions, Machine(request.hardware, axes, request.dp), request, search.tables.setdefault(axes, Tables()))
 
 
-def _memory(search: Search, problem: Problem) -> tuple[Memory, list[Storage]]:
+def _storages(search: Search, problem: Problem) -> list[Storage]:
+    """The storages of a mesh with which something is left for activations."""
     request = search.request
     choices = storages(problem.machine, request.itemsize, request.accumulation, request.zero)
-    return add_memory(problem, request.budget_bytes), choices
+    return [storage for storage in choices if has_room(problem, storage, request.budget_bytes)]
 
 
-def _unlimited(search: Search, problem: Problem, choices: Sequence[Storage]) -> float | None:
+def _unlimited(search: Search, problem: Problem) -> float | None:
     """A bound on the seconds of a mesh if memory had no limit."""
+    request = search.request
+    choices = storages(problem.machine, request.itemsize, request.accumulation, request.zero)
     found = _solve_one(search, add_bound(add_memory(problem, ENDLESS), choices), relaxed=True)
     return None if found is None else found.objective
 
 
-def _try_mesh(search: Search, regions: Regions, bound: Alternative, offload: bool) -> None:
-    """Every storage of one mesh; what is better than the best plan so far takes its place."""
-    problem = _problem(search, regions, bound.axes, offload)
-    memory, choices = _memory(search, problem)
-    for storage in choices:
-        if bound.seconds is None or bound.seconds >= search.limit(offload):
-            return
-        solution = _try_storage(search, add_storage(memory, storage), search.limit(offload))
-        if solution is not None and solution.objective < search.limit(offload):
-            search.best[offload] = (solution.objective, _decisions(problem, storage, solution), solution)
-            search.unlimited = _unlimited(search, problem, choices)
+def _leaves(search: Search, regions: Regions, axes: Mesh, offload: bool) -> tuple[list[Leaf], Alternative]:
+    """The storages of a mesh with which there may be a better plan, and a bound on the mesh that holds for all of them."""
+    problem = _problem(search, regions, axes, offload)
+    memory = add_memory(problem, search.request.budget_bytes)
+    leaves: list[Leaf] = []
+    too_large: list[Storage] = []
+    out_of_time = False
+    for storage in _storages(search, problem):
+        if any(not may_need_less(problem, storage, other) for other in too_large):
+            continue
+        try:
+            relaxed = _solve(search, add_storage(memory, storage), relaxed=True)
+        except OutOfTime:
+            out_of_time = True
+            continue
+        if relaxed is None:
+            too_large.append(storage)
+        else:
+            leaves.append((storage, relaxed))
+    if not leaves:
+        return [], Alternative(axes, None, None, False, "out of time" if out_of_time else "it does not fit in memory")
+    best = min(relaxed.objective for _, relaxed in leaves)
+    limit = search.limit(offload)
+    return [leaf for leaf in leaves if leaf[1].objective < limit], Alternative(axes, None, best, False, "")
 
 
-def _try_storage(search: Search, program: LinearProgram, limit: float) -> Solution | None:
-    """The best plan with one storage; None where nothing fits or nothing can beat the limit."""
-    relaxed = _solve_one(search, program, relaxed=True)
-    if relaxed is None or relaxed.objective >= limit:
-        return None
-    if program.integral(relaxed):
-        return replace(relaxed, bound=relaxed.objective, gap=0.0)
-    return _solve_one(search, program, relaxed=False)
+def _settle(search: Search, regions: Regions, item: _Open, offload: bool) -> None:
+    """The best plan with one storage; it becomes the best one where it is better."""
+    assert item.leaf is not None
+    storage, solution = item.leaf
+    problem = _problem(search, regions, item.axes, offload)
+    program = add_storage(add_memory(problem, search.request.budget_bytes), storage)
+    if program.integral(solution):
+        found: Solution | None = replace(solution, bound=solution.objective, gap=0.0)
+    else:
+        found = _solve_one(search, program, relaxed=False)
+    if found is not None and found.objective < search.limit(offload):
+        search.best[offload] = (found.objective, _decisions(problem, storage, found), found)
 
 
 def _solve_one(search: Search, program: LinearProgram, *, relaxed: bool) -> Solution | None:
-    search.programs += 1
-    search.variables = max(search.variables, len(program.costs))
+    try:
+        return _solve(search, program, relaxed=relaxed)
+    except OutOfTime:
+        return None
+
+
+def _solve(search: Search, program: LinearProgram, *, relaxed: bool) -> Solution | None:
+    """The optimum, None where nothing fits; raises `OutOfTime` where there was no telling."""
+    with search.lock:
+        search.programs += 1
+        search.variables = max(search.variables, len(program.costs))
     try:
         return program.solve(relaxed=relaxed, time_limit=search.request.time_limit_s, gap=search.request.gap)
     except OutOfTime:
-        search.unsolved += 1
-        return None
+        with search.lock:
+            search.unsolved += 1
+        raise
 
 
 def _alternatives(candidates: Sequence[Alternative], chosen: Decisions, best: float) -> tuple[Alternative, ...]:

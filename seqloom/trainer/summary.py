@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from seqloom.trainer.build import Run
+if TYPE_CHECKING:
+    from seqloom.trainer.build import Run
 
 
 def summary(run: Run, done: int) -> str:
