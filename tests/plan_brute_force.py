@@ -22,7 +22,7 @@ import numpy as np
 from seqloom.cost.communication import collective_seconds
 from seqloom.plan.modes import KEEP, OFFLOAD, Mode, kept_matmuls, reached, replayed, segment_modes, tile_class
 from seqloom.plan.placement import Layout, local_shape, reshard_path
-from seqloom.plan.price import Machine, Price, kept_value, move_seconds, price, view_root
+from seqloom.plan.price import Machine, Price, kept_value, move_seconds, price
 from seqloom.plan.regions import OUTER, Region, Regions
 from seqloom.plan.request import Request
 from seqloom.plan.solver import Decisions
@@ -496,7 +496,7 @@ def _roots(region: Region, chosen: Chosen) -> dict[Key, Key]:
     """Views and what they look into."""
     found: dict[Key, Key] = {}
     for part, (strategy, _) in zip(region.parts, chosen, strict=True):
-        root = view_root(region.graph, part)
+        root = part.looks_into
         if root is not None:
             found.update({(name, strategy.layouts[name]): (root, strategy.layouts[root]) for name in part.outputs})
     return found

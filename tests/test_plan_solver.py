@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 import random
 from math import prod
 
@@ -19,7 +20,7 @@ from test_plan_problem import best_within, random_graph, small
 
 from seqloom.cost.hardware import load_hardware
 from seqloom.errors import UserError
-from seqloom.plan.budget import add_storage
+from seqloom.plan.budget import add_storage, has_room
 from seqloom.plan.evaluate import Evaluation, evaluate
 from seqloom.plan.linear import LinearProgram, OutOfTime
 from seqloom.plan.memory import add_memory
@@ -73,6 +74,14 @@ def test_candidate_meshes_cover_the_ranks_once_each_with_sum_axes_outside(ranks)
         assert roles.count("split") <= MAX_SPLIT_AXES and len(axes) <= MAX_AXES
     wanted = {sizes for n in range(MAX_AXES + 1) for sizes in itertools.product(range(2, ranks + 1), repeat=n) if prod(sizes) == ranks}
     assert {tuple(axis.size for axis in axes) for axes in meshes} == wanted
+
+
+def test_three_axes_over_whole_nodes_have_a_border_where_nodes_end():
+    def sizes(ranks):
+        return {tuple(axis.size for axis in axes) for axes in candidate_meshes(request(ranks)) if len(axes) == 3}
+
+    assert sizes(64) == {(2, 4, 8), (4, 2, 8), (8, 2, 4), (8, 4, 2)}
+    assert sizes(12) == {(2, 2, 3), (2, 3, 2), (3, 2, 2)}, "a node and a half: any border will do"
 
 
 def test_split_axes_stay_inside_a_node_and_axes_can_be_limited():
@@ -232,6 +241,37 @@ def test_what_fits_under_one_storage_fits_when_the_storage_is_free(family, layer
     tight = dataclasses.replace(asked, hardware=with_usable_bytes(H100, least * 1.001))
     decisions, _ = solve(regions, tight, lambda *_: "nothing fits")
     assert evaluated(regions, tight, decisions)[1].peak_bytes <= least * 1.001
+
+
+@pytest.mark.parametrize("share", [0.95, 1.05])
+def test_both_passes_together_find_what_each_finds_alone(share):
+    """With and without host memory bound each other; the answer is the plan without it unless the other one saves a hundredth."""
+    regions = tiny("llama", 4)
+    most = planned(regions, request(2, with_usable_bytes(H100, 2**50), zero=3, offload=False))[2].peak_bytes
+    asked = request(2, with_usable_bytes(H100, most * share))
+    decisions, _, both, _ = planned(regions, asked)
+    try:
+        plain = planned(regions, dataclasses.replace(asked, offload=False))[2].step_s
+    except UserError:
+        plain = math.inf
+    if kinds_of(decisions) & set(HOST):
+        assert both.step_s <= plain * (1 - OFFLOAD_GAIN) * (1 + 1e-9)
+    else:
+        assert both.step_s == pytest.approx(plain, rel=2 * asked.gap)
+
+
+@pytest.mark.parametrize(("family", "dp"), [("llama", 1), ("gpt2", 4)])
+def test_a_storage_without_room_fits_nothing(family, dp):
+    """What is left out before any program is solved has no solution, down to budgets where nothing fits."""
+    regions = tiny(family, 3)
+    for offload in (False, True):
+        asked = request(4, force="sp2,tp2", dp=dp, accumulation=2, offload=offload)
+        (axes,) = candidate_meshes(asked)
+        problem = build_problem(regions, Machine(H100, axes, dp), asked)
+        for storage in storages(problem.machine, 2, asked.accumulation, None):
+            least = add_storage(add_memory(problem, 2.0**20), storage, leanest=True).solve(relaxed=True, time_limit=20).objective * 2.0**20
+            assert has_room(problem, storage, least)
+            assert not has_room(problem, storage, least * 0.05)
 
 
 def test_a_budget_of_exactly_a_plans_peak_loses_next_to_nothing():

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from seqloom.graph import Graph, Node
 from seqloom.ops.rules import starts_of
@@ -60,7 +61,12 @@ class Cluster:
         """Whether this is a single costly node."""
         return is_heavy(self.nodes[0])
 
-    @property
+    @cached_property
+    def looks_into(self) -> str | None:
+        """The input whose storage a cluster made of views shares; None for other clusters."""
+        return self.inputs[0] if all(is_view(node.op) for node in self.nodes) and len(self.inputs) == 1 else None
+
+    @cached_property
     def values(self) -> tuple[str, ...]:
         """Every value that the cluster reads or makes, inputs first."""
         return tuple(dict.fromkeys((*self.inputs, *(out for node in self.nodes for out in node.outputs))))

@@ -21,7 +21,7 @@ from seqloom.plan.memory import whole_inputs
 from seqloom.plan.modes import HOST, Mode, kept_matmuls, mode_of_layer
 from seqloom.plan.placement import Layout, local_numel, local_shape
 from seqloom.plan.plan import Plan, PlannedRegion, PlannedSegment
-from seqloom.plan.price import kept_value, view_root
+from seqloom.plan.price import kept_value
 from seqloom.plan.regions import OUTER
 from seqloom.plan.storage import GroupCost, group_cost
 
@@ -164,7 +164,7 @@ def _nbytes(plan: Plan, planned: PlannedRegion, key: Key) -> float:
 def _roots(planned: PlannedRegion) -> dict[Key, Key]:
     roots: dict[Key, Key] = {}
     for cluster in planned.clusters:
-        root = view_root(planned.region.graph, cluster.cluster)
+        root = cluster.cluster.looks_into
         if root is not None:
             layouts = cluster.strategy.layouts
             roots.update({(name, layouts[name]): (root, layouts[root]) for name in cluster.cluster.outputs})

@@ -43,7 +43,7 @@ from seqloom.cost.hardware import Hardware
 from seqloom.plan.linear import LinearProgram, Term
 from seqloom.plan.modes import HOST, KEEP, Mode, kept_matmuls
 from seqloom.plan.placement import Layout, local_numel
-from seqloom.plan.price import kept_value, view_root
+from seqloom.plan.price import kept_value
 from seqloom.plan.problem import Problem
 from seqloom.plan.regions import OUTER, Region
 
@@ -362,7 +362,7 @@ def view_roots(problem: Problem, region: Region) -> Roots:
     """(output, layout) of clusters made of views -> (the value they look into, its layout): one storage."""
     found: dict[Key, Key] = {}
     for index, part in enumerate(region.parts):
-        root = view_root(region.graph, part)
+        root = part.looks_into
         if root is not None:
             for _, choice in problem.of_part(region.key, index):
                 layouts = choice.strategy.layouts

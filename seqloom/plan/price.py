@@ -261,10 +261,3 @@ def _saved(cluster: Cluster, strategy: Strategy, nbytes: Mapping[str, int]) -> d
 def kept_value(graph: Graph, name: str) -> Value:
     """The value whose shape a kept tensor has."""
     return graph.values[name.partition(LIKE)[0]]
-
-
-def view_root(graph: Graph, cluster: Cluster) -> str | None:
-    """The input that a cluster made of views only looks into; None for other clusters."""
-    if all(is_view(node.op) for node in cluster.nodes) and len(cluster.inputs) == 1:
-        return cluster.inputs[0]
-    return None
