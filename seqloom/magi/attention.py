@@ -63,7 +63,7 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sink: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
         runtime, scale, softcap = options
-        output, lse = _forward(query, key, value, *options)
+        output, lse = forward(query, key, value, *options)
         if sink is not None:
             total = torch.logaddexp(lse, sink.to(lse.dtype).logsumexp(0))
             output.mul_((lse - total).exp().unsqueeze(-1))
@@ -80,7 +80,7 @@ class _Attend(torch.autograd.Function):
         query, key, value, output, lse, *sinks = ctx.saved_tensors
         grad = torch.zeros_like(output) if grad is None else grad  # the others wait for this rank's part of the exchange
         delta = (grad.to(lse.dtype) * output.to(lse.dtype)).sum(-1)
-        gradients = _backward(grad.contiguous(), query, key, value, output, lse, delta, *ctx.options)
+        gradients = backward(grad.contiguous(), query, key, value, output, lse, delta, *ctx.options)
         d_sink = None
         if sinks:
             weights = (sinks[0].to(lse.dtype)[:, None] - lse[None]).exp()  # [sinks, rows, heads]
@@ -88,7 +88,8 @@ class _Attend(torch.autograd.Function):
         return *(found.to(x.dtype) for found, x in zip(gradients, (query, key, value), strict=True)), d_sink, None, None, None
 
 
-def _forward(query: Tensor, key: Tensor, value: Tensor, runtime: Runtime, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+def forward(query: Tensor, key: Tensor, value: Tensor, runtime: Runtime, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp, both in the precision of sums, without sink; autograd knows nothing of it."""
     run = runtime.kernel.forward
     pairs = torch.stack((key, value), 1)
     flights = _Ahead(pairs, runtime)
@@ -103,7 +104,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, runtime: Runtime, scale:
     return output, lse
 
 
-def _backward(
+def backward(
     grad: Tensor,
     query: Tensor,
     key: Tensor,
@@ -115,6 +116,8 @@ def _backward(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value in the precision of sums; `delta` `[rows, heads]` are the row sums of gradient times output."""
+
     def run(keys: Tensor, values: Tensor, bands: Sequence[Band]) -> tuple[Tensor, Tensor, Tensor]:
         return runtime.kernel.backward(grad, query, keys, values, output, lse, delta, bands, scale, softcap)
 

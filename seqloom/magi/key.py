@@ -89,8 +89,9 @@ def make_key(
     degree: Degree = 1,
     kernel: str | None = None,
     dispatch: Dispatch | None = None,
+    current: bool = True,
 ) -> DistAttnRuntimeKey:
-    """The key of a mask on a group; with `dispatch` the rows lie as an earlier key laid them.
+    """The key of a mask on a group; with `dispatch` the rows lie as an earlier key laid them. Without `current` it waits for `use_key`.
 
     Raises `UserError` for heads that do not share evenly, a mask whose queries and keys are not the same rows, a degree below 0, and a
     dispatch of another length or number of ranks.
@@ -112,11 +113,17 @@ def make_key(
             f"{ranks}: use a mask of the same length on the same group"
         )
     key = DistAttnRuntimeKey(mask, dispatch, num_heads_q, num_heads_kv, head_dim, group, degree, kernel)
-    _latest[group] = key
-    _latest.move_to_end(group)
+    if current:
+        use_key(key)
+    return key
+
+
+def use_key(key: DistAttnRuntimeKey) -> None:
+    """Make a key the most recent one of its group: what runs next attends by it."""
+    _latest[key.group] = key
+    _latest.move_to_end(key.group)
     while len(_latest) > KEPT:
         _latest.popitem(last=False)
-    return key
 
 
 _latest: OrderedDict[ProcessGroup | None, DistAttnRuntimeKey] = OrderedDict()

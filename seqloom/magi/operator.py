@@ -1,0 +1,145 @@
+"""Magi attention as an operator of a compiled program: `magi_attention(query, key, value, scale, group=...)`.
+
+Role in the pipeline: where documents are packed, or where the sequence is split inside attention, the compiler puts this operator in the place
+of plain attention. Its annotation freezes the sequence; `context_parallel="l"` says that the operator splits it itself, over `group`. In: this
+rank's pieces of query, key and value. Who attends whom is no tensor: it is the key made last for the group (`seqloom.magi.key.use_key`), which
+the trainer sets before each micro-batch. `documents`, lengths of the documents of a typical row, is what the planner counts with; nothing here
+reads it at run time.
+
+`torch.compile` sees one operator of PyTorch's library forward and one backward, so a compiled block around it does not break.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from seqloom.errors import UserError
+from seqloom.magi import attention as engine
+from seqloom.magi.attention import Runtime
+from seqloom.magi.kernels import accumulate
+from seqloom.magi.key import most_recent_key, runtime_of
+from seqloom.magi.share import share
+from seqloom.ops.registry import register_op
+
+ALONE = ""  # the name of no group: this process alone
+
+
+def _flops(sizes: Mapping[str, Any]) -> int:
+    """Two products of 2 * e per visible pair; the diagonal of a document counts half, as in plain attention."""
+    lengths = sizes["documents"] or (sizes["l"],)
+    pairs = sum(length * length // 2 for length in lengths) * sizes["l"] // sum(lengths)
+    return 4 * sizes["b"] * sizes["k"] * sizes["g"] * pairs * sizes["e"]
+
+
+def _received(sizes: Mapping[str, Any]) -> int:
+    """Rows of keys and values that the busiest rank receives."""
+    lengths = sizes["documents"]
+    return sizes["b"] * share(tuple(lengths), sum(lengths) // sizes["l"]).received if lengths else 0
+
+
+def _comm(sizes: Mapping[str, Any]) -> int:
+    """Elements of keys and values that come to a rank in the forward pass."""
+    return 2 * _received(sizes) * sizes["k"] * sizes["e"]
+
+
+def _workspace(sizes: Mapping[str, Any]) -> int:
+    """Bytes of temporaries of the backward pass: keys and values side by side and those received, in 2 bytes; the gradients of all in 4, those
+    of the queries twice (sum and part), with the output beside them.
+    """
+    rows, heads, key_heads = sizes["b"] * sizes["l"], sizes["k"] * sizes["g"], sizes["k"]
+    pairs = 2 * (rows + _received(sizes)) * key_heads * sizes["e"]
+    return 6 * pairs + 8 * rows * heads * sizes["e"]
+
+
+@register_op(
+    "b (k g) l^ e^, b k l^ e^, b k l^ e^ -> b (k g) l^ e^",
+    flops=_flops,
+    comm=_comm,
+    saved=("query", "key", "value", "output"),
+    workspace=_workspace,
+    context_parallel="l",
+)
+def magi_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    documents: tuple[int, ...] = (),
+    group: ProcessGroup | None = None,
+) -> Tensor:
+    """Attention of this rank's queries to the sequence of all ranks of `group`, by the mask of the key made last for it.
+
+    query `[b, k * g, l, e]`, key and value `[b, k, l, e]` -> `[b, k * g, l, e]`; the rows of the batch follow each other as documents of one
+    sequence. Raises `UserError` where no key was made, and for rows of another number than the key's.
+    """
+    batch, length = query.shape[0], query.shape[2]
+    rows = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]  # [b * l, heads, e]
+    if torch.compiler.is_compiling():
+        name = ALONE if group is None else group.group_name
+        output, _ = torch.ops.seqloom.magi_forward(*rows, name, scale, softcap or 0.0)
+    else:
+        output, _ = engine.attend(*rows, None, _runtime(group, rows[0], softcap), scale, softcap or 0.0)
+    return output.unflatten(0, (batch, length)).transpose(1, 2)
+
+
+def _runtime(group: ProcessGroup | None, query: Tensor, softcap: float | None) -> Runtime:
+    key = most_recent_key(group if group is not None and group.size() > 1 else None)
+    if len(query) != key.local_rows:
+        raise UserError(
+            f"attention got {len(query)} rows where the key made last gives this rank {key.local_rows}: make a key for these rows first"
+        )
+    return runtime_of(key, query.device, query.dtype, query.shape[2], bool(softcap))
+
+
+# --- what torch.compile sees -----------------------------------------------------------------------------------------------------
+
+
+def _named(name: str, query: Tensor, softcap: float) -> Runtime:
+    group = None if name == ALONE else dist.distributed_c10d._resolve_process_group(name)
+    return _runtime(group, query, softcap)
+
+
+@torch.library.custom_op("seqloom::magi_forward", mutates_args=())
+def _magi_forward(query: Tensor, key: Tensor, value: Tensor, group: str, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+    output, lse = engine.forward(query, key, value, _named(group, query, softcap), scale, softcap)
+    return output.to(query.dtype), lse
+
+
+@_magi_forward.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, group: str, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=accumulate(query.dtype))
+
+
+@torch.library.custom_op("seqloom::magi_backward", mutates_args=())
+def _magi_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, group: str, scale: float, softcap: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    delta = (grad.to(lse.dtype) * output.to(lse.dtype)).sum(-1)
+    found = engine.backward(grad.contiguous(), query, key, value, output, lse, delta, _named(group, query, softcap), scale, softcap)
+    return tuple(gradient.to(x.dtype).contiguous() for gradient, x in zip(found, (query, key, value), strict=True))
+
+
+@_magi_backward.register_fake
+def _(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, group: str, scale: float, softcap: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, *ctx.options = inputs
+    ctx.save_for_backward(query, key, value, *output)
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *torch.ops.seqloom.magi_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None
+
+
+_magi_forward.register_autograd(_differentiate, setup_context=_keep)
