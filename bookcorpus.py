@@ -13,6 +13,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from seqloom.data.metadata import DOCUMENTS, Pack
+from seqloom.data.packing import DEFAULT_PACK
 from seqloom.entry import run
 
 
@@ -34,6 +36,9 @@ class Arguments:
     """Processes that tokenize; fast tokenizers use all cores in one."""
     max_documents: int | None = None
     """Use the first so many documents only."""
+    pack: Pack = DEFAULT_PACK
+    """`documents`: rows know the documents in them, which attend only within themselves, and labels never cross from one to the next.
+    `stream`: a row is one text, whatever documents it holds."""
 
 
 def main() -> int:
@@ -48,6 +53,9 @@ def main() -> int:
     padding = metadata.rows * metadata.sequence_length - metadata.tokens
     print(f"{args.save_path}: {metadata.rows:,} rows of {metadata.sequence_length:,} tokens, vocabulary {metadata.vocab_size:,}")
     print(f"  {metadata.documents:,} documents, {metadata.tokens:,} tokens, {padding:,} of padding in the last row")
+    if metadata.pack == DOCUMENTS:
+        lengths = metadata.typical_row
+        print(f"  packed by documents: {len(lengths):,} in a typical row, the longest of {max(lengths):,} tokens")
     print(f"  made in {time.perf_counter() - start:.1f} s" if made else "  already there, made with the same settings")
     return 0
 

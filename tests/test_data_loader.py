@@ -56,6 +56,7 @@ def test_shapes_types_and_shift(sets):
     step = Loader(sets[23], 0, 12, 1, 2, 3, 2).next_step()
     assert len(step) == 2
     for batch in step:
+        assert batch.pop("cu_seqlens").tolist() == [0, LENGTH, 2 * LENGTH, 3 * LENGTH]
         assert set(batch) == {"input_ids", "labels", "position_ids"}
         assert all(tensor.shape == (3, LENGTH) and tensor.dtype == torch.int64 and tensor.is_contiguous() for tensor in batch.values())
         assert torch.equal(batch["labels"][:, :-1], batch["input_ids"][:, 1:]) and (batch["labels"][:, -1] == -100).all()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from seqloom.data.folders import staged_folder
 from seqloom.data.metadata import Metadata, read_metadata, write_metadata
-from seqloom.data.packing import IGNORED, pack, pack_corpus, tokenize
+from seqloom.data.packing import IGNORED, pack_corpus, pack_stream, tokenize
 from seqloom.data.tokenizer import load_tokenizer, train_tokenizer
 from seqloom.errors import UserError
 
@@ -20,7 +20,7 @@ streams = st.lists(st.lists(st.integers(0, 50), max_size=40), max_size=8)
 
 
 def packed(pieces: list[list[int]], seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-    blocks = list(pack((np.array(piece, np.int32) for piece in pieces), seq_len, PAD))
+    blocks = list(pack_stream((np.array(piece, np.int32) for piece in pieces), seq_len, PAD))
     empty = np.empty((0, seq_len), np.int32)
     return tuple(np.concatenate([empty, *(block[i] for block in blocks)]) for i in range(2))
 
@@ -63,7 +63,7 @@ def test_memory_is_bounded_by_a_block():
             taken += 10
             yield np.arange(10, dtype=np.int32)
 
-    next(pack(stream(), 16, PAD))
+    next(pack_stream(stream(), 16, PAD))
     assert taken <= 20
 
 

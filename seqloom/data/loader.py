@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seqloom.data.metadata import TOKENIZER_FOLDER, Metadata, read_metadata
+from seqloom.data.documents import CU_SEQLENS, first_bad_row, read_borders, restarting_positions, scan_borders, squash
+from seqloom.data.metadata import DOCUMENTS, TOKENIZER_FOLDER, Metadata, read_metadata
 from seqloom.data.packing import COLUMNS
 from seqloom.errors import UserError
 
@@ -57,8 +58,18 @@ class PackedDataset:
 
     def read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """`(input_ids, labels)` of some rows: two int64 arrays of shape `[len(rows), seq_len]`."""
-        batch = self.table.with_format("numpy", dtype=np.int64)[rows]
+        batch = self.table.with_format("numpy", columns=list(COLUMNS), dtype=np.int64)[rows]
         return batch[COLUMNS[0]], batch[COLUMNS[1]]
+
+    def read_cu_seqlens(self, rows: np.ndarray) -> np.ndarray:
+        """The borders of all documents of some rows laid one after the other, int64: `[0, ..., seq_len, ..., len(rows) * seq_len]`.
+
+        Rows that are a stream are one document each.
+        """
+        if self.metadata.pack != DOCUMENTS:
+            return np.arange(len(rows) + 1, dtype=np.int64) * self.seq_len
+        column = self.table.with_format("arrow", columns=[CU_SEQLENS])[rows][CU_SEQLENS]
+        return squash(read_borders(column), self.seq_len)
 
     def check_vocab(self, vocab_size: int) -> None:
         """Raise UserError naming the first row that holds an id a model of this vocabulary does not have. Reads every row once."""
@@ -95,7 +106,26 @@ def open_dataset(path: str | Path, seq_len: int | None = None) -> PackedDataset:
         raise UserError(f"the data set {folder} cannot be read ({error}): make it again with bookcorpus.py --overwrite") from error
     if len(table) != metadata.rows:
         raise UserError(f"{folder} holds {len(table)} rows, not the {metadata.rows} of its seqloom.json: make it again with --overwrite")
+    if metadata.pack == DOCUMENTS:
+        _check_borders(table, folder, metadata.sequence_length)
     return PackedDataset(folder, metadata, table)
+
+
+def _check_borders(table: Dataset, folder: Path, seq_len: int) -> None:
+    """Raise UserError unless every row has borders that rise from 0 to its length. Reads that column once."""
+    from datasets import List, Value
+
+    if table.features.get(CU_SEQLENS) != List(Value("int32")):
+        raise UserError(f"{folder} is packed by documents but has no column {CU_SEQLENS} of their borders: make it again with --overwrite")
+    start = 0
+    for borders in scan_borders(table):
+        row = first_bad_row(borders, seq_len)
+        if row is not None:
+            raise UserError(
+                f"row {start + row} of {folder} has damaged borders of documents ({CU_SEQLENS} does not rise from 0 to {seq_len}): "
+                f"make it again with --overwrite"
+            )
+        start += len(borders.offsets) - 1
 
 
 @dataclass(frozen=True)
@@ -147,7 +177,11 @@ class Loader:
         self._order = (-1, np.empty(0, np.int64))
 
     def __iter__(self) -> Iterator[list[dict[str, Tensor]]]:
-        """Steps without end; each is `accumulation` dicts of int64 `input_ids`, `labels`, `position_ids` `[micro_batch_size, seq_len]`."""
+        """Steps without end; each is `accumulation` dicts of int64 tensors.
+
+        `input_ids`, `labels` and `position_ids` are `[micro_batch_size, seq_len]`; positions are 0 at every document's start.
+        `cu_seqlens` has the borders of all documents with the rows one after the other: `[0, ..., micro_batch_size * seq_len]`.
+        """
         while True:
             yield self.next_step()
 
@@ -198,5 +232,6 @@ class Loader:
 
     def _micro_batch(self, rows: np.ndarray) -> dict[str, Tensor]:
         input_ids, labels = (torch.from_numpy(array) for array in self.dataset.read(rows))
-        position_ids = torch.arange(self.dataset.seq_len).expand_as(input_ids).contiguous()
-        return {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
+        cu_seqlens = self.dataset.read_cu_seqlens(rows)
+        position_ids = torch.from_numpy(restarting_positions(cu_seqlens)).view_as(input_ids)
+        return {"input_ids": input_ids, "labels": labels, "position_ids": position_ids, "cu_seqlens": torch.from_numpy(cu_seqlens)}

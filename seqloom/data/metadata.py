@@ -6,12 +6,15 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 from seqloom.errors import UserError
 
 FILE = "seqloom.json"
 TOKENIZER_FOLDER = "tokenizer"
 FORMAT_VERSION = 1
+STREAM, DOCUMENTS = "stream", "documents"
+Pack = Literal["stream", "documents"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,8 @@ class Metadata:
     """`rows` rows of `sequence_length` tokens that hold `tokens` tokens (padding not counted) of `documents` documents.
 
     `tokenizer` and `corpus` are what the user named them, the digests (SHA-256) what they held; every id is below `vocab_size`.
+    `pack` says whether the rows know their documents; folders written before there was a choice are streams. `typical_row` are the
+    lengths of the documents in a row of median work (the sum of squared lengths); in a stream that is the whole row.
     """
 
     sequence_length: int
@@ -31,15 +36,23 @@ class Metadata:
     tokens: int
     documents: int
     version: int = FORMAT_VERSION
+    pack: Pack = STREAM
+    typical_row: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """One document as long as the row where no lengths are given; what JSON gives as a list becomes a tuple."""
+        object.__setattr__(self, "typical_row", tuple(self.typical_row) or (self.sequence_length,))
 
     def difference(self, other: Metadata) -> str | None:
         """The first setting in which another data set was made differently, in words, or None. Names of the same contents may differ."""
-        for name, label in (("sequence_length", None), ("corpus_digest", "corpus"), ("tokenizer_digest", "tokenizer")):
-            mine, its = getattr(self, name), getattr(other, name)
-            if mine == its:
+        if self.sequence_length != other.sequence_length:
+            return f"sequence_length is {self.sequence_length} there, not {other.sequence_length}"
+        if self.pack != other.pack:
+            return f"made with --pack {self.pack} there, not {other.pack}"
+        for label in ("corpus", "tokenizer"):
+            digest = f"{label}_digest"
+            if getattr(self, digest) == getattr(other, digest):
                 continue
-            if label is None:
-                return f"{name} is {mine} there, not {its}"
             called, now_called = getattr(self, label), getattr(other, label)
             if called != now_called:
                 return f"{label} is {called} there, not {now_called}"
@@ -63,8 +76,17 @@ def read_metadata(folder: Path) -> Metadata:
         fields = json.loads(path.read_text(encoding="utf-8"))
         known = {field.name for field in dataclasses.fields(Metadata)}
         metadata = Metadata(**{key: value for key, value in fields.items() if key in known})
+        if metadata.version == FORMAT_VERSION:
+            _check_pack(metadata)
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}): make the data set again with bookcorpus.py --overwrite") from error
     if metadata.version != FORMAT_VERSION:
         raise UserError(f"{folder} has format {metadata.version}, this version reads {FORMAT_VERSION}: make it again with bookcorpus.py")
     return metadata
+
+
+def _check_pack(metadata: Metadata) -> None:
+    if metadata.pack not in get_args(Pack):
+        raise ValueError(f"pack is {metadata.pack}, not one of {', '.join(get_args(Pack))}")
+    if min(metadata.typical_row) < 1 or sum(metadata.typical_row) != metadata.sequence_length:
+        raise ValueError(f"the lengths of typical_row do not add up to {metadata.sequence_length}")

@@ -7,6 +7,10 @@ In: a corpus (column `text`) and a tokenizer. Out: a folder that `datasets.load_
 
 so every token is an input exactly once and, but for the first, a label exactly once. The last row is filled up with end-of-text
 tokens whose labels are -100, which do not count. Nothing larger than a batch of documents or a block of rows is held in memory.
+
+That is `--pack stream`. With `--pack documents` the rows hold the same tokens and know their documents: a third column `cu_seqlens`
+(lists of int32) has the borders inside each row, and what follows a document's end of text is no label of it but -100. A document that
+the end of a row cuts goes on in the next row, with the label across the cut. Padding is a document of its own.
 """
 
 from __future__ import annotations
@@ -22,8 +26,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from seqloom.data.corpora import TEXT, corpus_digest
+from seqloom.data.documents import CU_SEQLENS, Borders, find_borders, typical_row
 from seqloom.data.folders import staged_folder
-from seqloom.data.metadata import FILE, TOKENIZER_FOLDER, Metadata, read_metadata, write_metadata
+from seqloom.data.metadata import DOCUMENTS, FILE, STREAM, TOKENIZER_FOLDER, Metadata, Pack, read_metadata, write_metadata
 from seqloom.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,12 +38,13 @@ if TYPE_CHECKING:
 IGNORED = -100
 TOKENS = "tokens"
 COLUMNS = ("input_ids", "labels")
+DEFAULT_PACK: Pack = STREAM
 BATCH_BYTES = 4 * 2**20  # of text tokenized at once
 BLOCK_TOKENS = 2**22  # written at once: 16 MiB a column
 MAX_BATCH = 10_000
 
 
-def pack(stream: Iterable[np.ndarray], seq_len: int, pad_id: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def pack_stream(stream: Iterable[np.ndarray], seq_len: int, pad_id: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Cut a stream of int32 tokens, given piece by piece, into `(input_ids, labels)` blocks of shape `[rows, seq_len]`.
 
     How the stream is cut into pieces makes no difference. The last block may hold one row that is partly padding.
@@ -56,6 +62,37 @@ def pack(stream: Iterable[np.ndarray], seq_len: int, pad_id: int) -> Iterator[tu
         input_ids[0, : len(rest)] = rest
         labels[0, : len(rest) - 1] = rest[1:]
         yield input_ids, labels
+
+
+def pack_documents(
+    pieces: Iterable[tuple[np.ndarray, np.ndarray]], seq_len: int, pad_id: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, Borders]]:
+    """Cut a stream of int32 tokens as `pack_stream` does, into the same rows, with no label across a document's end, and their borders.
+
+    A piece is `(tokens, ends)`: `ends` are the numbers of its tokens behind which a document ends, in [1, len(tokens)]. A document may
+    lie in several pieces. What is left of the last row is a document of its own.
+    """
+    ends: list[np.ndarray] = []  # counted from the first token of all; those of rows that were given out are gone
+    taken = 0
+
+    def stream() -> Iterator[np.ndarray]:
+        nonlocal taken
+        for tokens, own_ends in pieces:
+            ends.append(taken + own_ends)
+            taken += len(tokens)
+            yield tokens
+        ends.append(np.array([taken]))
+
+    first = 0
+    for input_ids, labels in pack_stream(stream(), seq_len, pad_id):
+        behind = first + input_ids.size
+        known = np.concatenate(ends)
+        inside = known[known <= behind] - first
+        ends[:] = [known[known > behind]]
+        labels = labels.copy()  # it shares its memory with input_ids
+        labels.reshape(-1)[inside - 1] = IGNORED
+        yield input_ids, labels, find_borders(inside, len(input_ids), seq_len)
+        first = behind
 
 
 def tokenize(corpus: Dataset, tokenizer: PreTrainedTokenizerBase, cache_file: Path, num_proc: int = 1) -> Dataset:
@@ -99,15 +136,16 @@ def pack_corpus(
     tokenizer_name: str,
     overwrite: bool = False,
     num_proc: int = 1,
+    pack: Pack = DEFAULT_PACK,
 ) -> tuple[Metadata, bool]:
     """Tokenize, pack and save a corpus; returns what was made and whether it was made now or already there.
 
-    A folder made of the same text, tokenizer and length is left as it is. Raises UserError for a folder made otherwise (without
-    `overwrite`), one that cannot be written, a corpus without tokens, or a length that is not positive.
+    A folder made of the same text, tokenizer and length in the same way is left as it is. Raises UserError for a folder made otherwise
+    (without `overwrite`), one that cannot be written, a corpus without tokens, or a length that is not positive.
     """
     check_lengths(sequence_length, num_proc)
     target = Path(save_path)
-    wanted = _wanted(corpus, tokenizer, sequence_length, corpus_name, tokenizer_name)
+    wanted = dataclasses.replace(_wanted(corpus, tokenizer, sequence_length, corpus_name, tokenizer_name), pack=pack)
     found = _already_there(target, wanted, overwrite)
     if found is not None:
         return found, False
@@ -166,51 +204,64 @@ def _write_rows(tokenized: Dataset, folder: Path, wanted: Metadata, eos: int) ->
 
     counts = {"tokens": 0, "documents": 0, "rows": 0}
     scratch = folder / "scratch"
-    stream = _token_stream(tokenized, counts)
-    with _RowWriter(scratch / "rows.arrow", wanted.sequence_length) as writer:
-        for input_ids, labels in pack(stream, wanted.sequence_length, eos):
-            writer.write(input_ids, labels)
-            counts["rows"] += len(input_ids)
+    pieces = _token_pieces(tokenized, counts)
+    with _RowWriter(scratch / "rows.arrow", wanted.sequence_length, wanted.pack) as writer:
+        if wanted.pack == DOCUMENTS:
+            blocks = pack_documents(pieces, wanted.sequence_length, eos)
+        else:
+            blocks = pack_stream((tokens for tokens, _ in pieces), wanted.sequence_length, eos)
+        for block in blocks:
+            writer.write(*block)
+            counts["rows"] += len(block[0])
     if not counts["tokens"]:
         raise UserError(f"the corpus {wanted.corpus} gives no tokens: give documents with text in them")
-    Dataset.from_file(str(scratch / "rows.arrow")).save_to_disk(str(folder))
+    table = Dataset.from_file(str(scratch / "rows.arrow"))
+    table.save_to_disk(str(folder))
+    lengths = typical_row(table) if wanted.pack == DOCUMENTS else wanted.typical_row
     for file in scratch.iterdir():
         file.unlink()
     scratch.rmdir()
-    return dataclasses.replace(wanted, **counts)
+    return dataclasses.replace(wanted, **counts, typical_row=lengths)
 
 
-def _token_stream(tokenized: Dataset, counts: dict[str, int]) -> Iterator[np.ndarray]:
-    """The tokens of all documents, piece by piece; counts what passes."""
+def _token_pieces(tokenized: Dataset, counts: dict[str, int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The tokens of all documents, piece by piece, each with the numbers of tokens behind which documents end; counts what passes."""
     rows = max(1, min(MAX_BATCH, BLOCK_TOKENS * len(tokenized) * 4 // max(tokenized.data.nbytes, 1)))
     for batch in tokenized.with_format("arrow").iter(batch_size=rows):
         column = batch[TOKENS]
         for chunk in column.chunks:
             tokens = chunk.flatten().to_numpy()
             counts["tokens"] += len(tokens)
-            counts["documents"] += int(np.count_nonzero(chunk.value_lengths().to_numpy()))
-            yield tokens
+            lengths = chunk.value_lengths().to_numpy()
+            ends = np.cumsum(lengths, dtype=np.int64)[lengths > 0]
+            counts["documents"] += len(ends)
+            yield tokens, ends
 
 
 class _RowWriter:
     """An Arrow stream of rows, written in record batches of at most `BLOCK_TOKENS` tokens a column."""
 
-    def __init__(self, path: Path, seq_len: int) -> None:
+    def __init__(self, path: Path, seq_len: int, pack: Pack) -> None:
         import pyarrow as pa
 
         self.seq_len = seq_len
         self.type = pa.list_(pa.int32(), seq_len)
-        self.schema = pa.schema([(name, self.type) for name in COLUMNS])
+        borders = [(CU_SEQLENS, pa.list_(pa.int32()))] if pack == DOCUMENTS else []
+        self.schema = pa.schema([(name, self.type) for name in COLUMNS] + borders)
         self.writer = pa.ipc.new_stream(str(path), self.schema)
 
-    def write(self, input_ids: np.ndarray, labels: np.ndarray) -> None:
-        """Append rows: two int32 arrays of shape `[rows, seq_len]`."""
+    def write(self, input_ids: np.ndarray, labels: np.ndarray, borders: Borders | None = None) -> None:
+        """Append rows: two int32 arrays of shape `[rows, seq_len]`, and the rows' borders if they are packed by documents."""
         import pyarrow as pa
 
         step = max(1, BLOCK_TOKENS // self.seq_len)
         for start in range(0, len(input_ids), step):
             pieces = (array[start : start + step].reshape(-1) for array in (input_ids, labels))
-            arrays = [pa.FixedSizeListArray.from_arrays(pa.array(piece), self.seq_len) for piece in pieces]
+            arrays: list[pa.Array] = [pa.FixedSizeListArray.from_arrays(pa.array(piece), self.seq_len) for piece in pieces]
+            if borders is not None:
+                offsets = borders.offsets[start : start + step + 1]
+                values = borders.values[offsets[0] : offsets[-1]]
+                arrays.append(pa.ListArray.from_arrays(pa.array(offsets - offsets[0], pa.int32()), pa.array(values)))
             self.writer.write_batch(pa.record_batch(arrays, schema=self.schema))
 
     def __enter__(self) -> _RowWriter:

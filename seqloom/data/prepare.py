@@ -6,8 +6,8 @@ from pathlib import Path
 
 from seqloom.data.corpora import load_corpus
 from seqloom.data.folders import check_target
-from seqloom.data.metadata import FILE, Metadata
-from seqloom.data.packing import check_lengths, pack_corpus
+from seqloom.data.metadata import FILE, Metadata, Pack
+from seqloom.data.packing import DEFAULT_PACK, check_lengths, pack_corpus
 from seqloom.data.tokenizer import TRAIN, load_tokenizer, training_vocab
 from seqloom.errors import UserError
 
@@ -20,6 +20,7 @@ def prepare(
     overwrite: bool = False,
     num_proc: int = 1,
     max_documents: int | None = None,
+    pack: Pack = DEFAULT_PACK,
 ) -> tuple[Metadata, bool]:
     """Make the data set of `python bookcorpus.py` and return its metadata and whether it was made now or already there.
 
@@ -43,4 +44,5 @@ def prepare(
         tokenizer_name=tokenizer_path_or_name,
         overwrite=overwrite,
         num_proc=num_proc,
+        pack=pack,
     )
