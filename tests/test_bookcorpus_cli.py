@@ -76,6 +76,36 @@ def test_again_refuse_overwrite(monkeypatch, text, tmp_path, capsys):
     assert open_dataset(tmp_path / "set").seq_len == 32
 
 
+def test_pack_by_documents_and_by_stream(monkeypatch, text, tmp_path, capsys):
+    base = flags_of(data_path_or_name=text, tokenizer_path_or_name="train:300", sequence_length=64)
+    for pack in ("documents", "stream"):
+        assert call(monkeypatch, *base, "--save_path", tmp_path / pack, "--pack", pack) == 0
+    said = capsys.readouterr().out
+    found = {pack: open_dataset(tmp_path / pack).metadata for pack in ("documents", "stream")}
+    assert [found[pack].pack for pack in found] == list(found) and found["documents"].tokens == found["stream"].tokens
+    lengths = found["documents"].typical_row
+    assert len(lengths) > 1 and said.count("packed by documents") == 1
+    assert f"  packed by documents: {len(lengths)} in a typical row, the longest of {max(lengths)} tokens\n" in said
+
+
+def test_the_other_way_of_packing_is_refused_without_overwrite(monkeypatch, text, tmp_path, capsys):
+    base = flags_of(data_path_or_name=text, tokenizer_path_or_name="train:300", save_path=tmp_path / "set", sequence_length=16)
+    assert call(monkeypatch, *base, "--pack", "stream") == 0
+    assert call(monkeypatch, *base, "--pack", "documents") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and "made with --pack stream there, not documents" in error and "--overwrite" in error
+    assert call(monkeypatch, *base, "--pack", "documents", "--overwrite") == 0
+    assert open_dataset(tmp_path / "set").metadata.pack == "documents"
+
+
+def test_an_unknown_way_of_packing_names_the_known_ones(monkeypatch, text, tmp_path, capsys):
+    base = flags_of(data_path_or_name=text, tokenizer_path_or_name="train:300", save_path=tmp_path / "set", sequence_length=16)
+    assert call(monkeypatch, *base, "--pack", "sentences") == 2
+    captured = capsys.readouterr()
+    said = captured.out + captured.err
+    assert "sentences" in said and "stream" in said and "documents" in said and not (tmp_path / "set").exists()
+
+
 def test_changed_text_is_noticed(monkeypatch, text, tmp_path, capsys):
     base = flags_of(data_path_or_name=text, tokenizer_path_or_name="train:300", save_path=tmp_path / "set", sequence_length=16)
     assert call(monkeypatch, *base) == 0

@@ -91,7 +91,7 @@ def expected_stream(corpus, tokenizer):
 
 
 def save(corpus, tokenizer, path, length=16, **options):
-    names = {"corpus_name": "words", "tokenizer_name": "train:300"}
+    names = {"corpus_name": "words", "tokenizer_name": "train:300", "pack": "stream"}
     return pack_corpus(corpus, tokenizer, path, length, **{**names, **options})
 
 

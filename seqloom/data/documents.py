@@ -62,12 +62,11 @@ def scan_borders(table: Dataset) -> Iterator[Borders]:
 
 def first_bad_row(borders: Borders, seq_len: int) -> int | None:
     """The first row whose borders do not rise strictly from 0 to `seq_len`, or None."""
-    values, offsets = borders.values.astype(np.int64), borders.offsets
-    bad = np.diff(offsets) < 2
-    if not bad.any():
-        rises = np.append(np.diff(values) > 0, True)
-        rises[offsets[1:] - 1] = True  # from one row to the next
-        bad = ~np.logical_and.reduceat(rises, offsets[:-1]) | (values[offsets[:-1]] != 0) | (values[offsets[1:] - 1] != seq_len)
+    values, offsets = np.append(borders.values.astype(np.int64), 0), borders.offsets  # one more, so that an empty row points at something
+    rises = np.append(np.diff(values) > 0, True)
+    rises[offsets[1:] - 1] = True  # from one row to the next
+    bad = (np.diff(offsets) < 2) | (values[offsets[:-1]] != 0) | (values[offsets[1:] - 1] != seq_len)
+    bad |= ~np.logical_and.reduceat(rises, offsets[:-1])
     return int(np.argmax(bad)) if bad.any() else None
 
 
