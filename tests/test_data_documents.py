@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from datasets import Dataset, Features, List, Value
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seqloom.data import documents
@@ -73,16 +73,19 @@ def packed(pieces, seq_len):
     return rows, labels, [row for block in blocks for row in as_lists(block[2])]
 
 
+@settings(deadline=None)
 @given(texts=texts, seq_len=lengths)
 def test_rows_labels_and_borders_are_the_reference(texts, seq_len):
     assert packed(pieces_of(texts), seq_len) == reference(texts, seq_len)
 
 
+@settings(deadline=None)
 @given(texts=texts, cuts=st.lists(st.integers(0, 200), max_size=12), seq_len=lengths)
 def test_how_the_stream_is_cut_makes_no_difference(texts, cuts, seq_len):
     assert packed(pieces_of(texts, cuts), seq_len) == reference(texts, seq_len)
 
 
+@settings(deadline=None)
 @given(texts=texts, cuts=st.lists(st.integers(0, 200), max_size=6), seq_len=lengths)
 def test_the_tokens_are_those_of_a_stream(texts, cuts, seq_len):
     """The same inputs, and the same labels but for those that a document does not have."""
@@ -147,6 +150,7 @@ def rows_of_borders(draw, min_rows=1):
     return [[0, *row, seq_len] for row in rows], seq_len
 
 
+@settings(deadline=None)
 @given(rows_of_borders(), st.randoms())
 def test_borders_are_found_from_ends_in_any_order(case, random):
     rows, seq_len = case
@@ -155,6 +159,7 @@ def test_borders_are_found_from_ends_in_any_order(case, random):
     assert as_lists(find_borders(np.array(ends, np.int64), len(rows), seq_len)) == rows
 
 
+@settings(deadline=None)
 @given(rows_of_borders())
 def test_squashed_borders_and_positions(case):
     rows, seq_len = case
@@ -172,6 +177,7 @@ def test_squashed_borders_of_long_rows_do_not_overflow():
     assert cu_seqlens[-1] == rows * seq_len and cu_seqlens[-2] == (rows - 1) * seq_len + 7
 
 
+@settings(deadline=None)
 @given(rows_of_borders())
 def test_squared_lengths_are_the_sums(case):
     rows, _ = case
@@ -188,6 +194,7 @@ def table_of(rows, seq_len=4):
     return Dataset.from_dict({"input_ids": [[0] * seq_len] * len(rows), CU_SEQLENS: rows}, features=features)
 
 
+@settings(deadline=None, max_examples=40)
 @given(rows_of_borders(), st.integers(1, 3))
 def test_borders_are_read_back_batch_by_batch(case, scan_rows):
     rows, seq_len = case
@@ -204,6 +211,7 @@ def test_borders_are_read_from_several_chunks_and_slices():
     assert as_lists(read_borders(column.slice(1, 2))) == rows[1:3]
 
 
+@settings(deadline=None, max_examples=40)
 @given(rows_of_borders())
 def test_typical_row_is_the_median_of_work(case):
     rows, seq_len = case
@@ -215,6 +223,7 @@ def test_typical_row_is_the_median_of_work(case):
     assert all(type(length) is int for length in found)
 
 
+@settings(deadline=None)
 @given(rows_of_borders())
 def test_good_borders_are_good(case):
     rows, seq_len = case
@@ -232,6 +241,7 @@ def test_the_first_bad_row_is_found(bad, before, after):
     assert first_bad_row(as_borders(rows), 4) == before
 
 
+@settings(deadline=None)
 @given(rows=st.lists(st.one_of(st.sampled_from(BAD), st.just([0, 4]), st.just([0, 1, 4])), min_size=1, max_size=8))
 def test_the_first_of_several_bad_rows_is_found(rows):
     expected = next((index for index, row in enumerate(rows) if row in BAD), None)

@@ -28,7 +28,7 @@ import numpy as np
 from seqloom.data.corpora import TEXT, corpus_digest
 from seqloom.data.documents import CU_SEQLENS, Borders, find_borders, typical_row
 from seqloom.data.folders import staged_folder
-from seqloom.data.metadata import DOCUMENTS, FILE, STREAM, TOKENIZER_FOLDER, Metadata, Pack, read_metadata, write_metadata
+from seqloom.data.metadata import DOCUMENTS, FILE, TOKENIZER_FOLDER, Metadata, Pack, read_metadata, write_metadata
 from seqloom.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 IGNORED = -100
 TOKENS = "tokens"
 COLUMNS = ("input_ids", "labels")
-DEFAULT_PACK: Pack = STREAM
+DEFAULT_PACK: Pack = "stream"
 BATCH_BYTES = 4 * 2**20  # of text tokenized at once
 BLOCK_TOKENS = 2**22  # written at once: 16 MiB a column
 MAX_BATCH = 10_000
@@ -70,7 +70,7 @@ def pack_documents(
     """Cut a stream of int32 tokens as `pack_stream` does, into the same rows, with no label across a document's end, and their borders.
 
     A piece is `(tokens, ends)`: `ends` are the numbers of its tokens behind which a document ends, in [1, len(tokens)]. A document may
-    lie in several pieces. What is left of the last row is a document of its own.
+    lie in several pieces; the last one ends with the last token, so that the padding behind it is a document of its own.
     """
     ends: list[np.ndarray] = []  # counted from the first token of all; those of rows that were given out are gone
     taken = 0
@@ -81,7 +81,6 @@ def pack_documents(
             ends.append(taken + own_ends)
             taken += len(tokens)
             yield tokens
-        ends.append(np.array([taken]))
 
     first = 0
     for input_ids, labels in pack_stream(stream(), seq_len, pad_id):
