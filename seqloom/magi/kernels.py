@@ -6,13 +6,15 @@ them. Out: the output of these keys alone in the precision of sums, and the log-
 covers a row. The backward takes the final log-sum-exp and `delta`, the row sums of gradient x output (FlashAttention-2, Dao 2023,
 arXiv:2307.08691, section 3.1), so that the gradients of several calls add up.
 
-Every kernel is an object with `name`, `forward` and `backward`; `reference` here is exact on any device, in any dtype, with any band and
-soft cap; `seqloom.magi.slices` runs PyTorch's fused kernels; `seqloom.magi.choose` picks one and says so in the log.
+Every kernel is an object with `name`, `refusal`, `forward` and `backward`; `reference` here is exact on any device, in any dtype, with any
+band and soft cap; `slices` runs PyTorch's fused kernels, `flex` its FlexAttention, `flash` and `magi_kernel` packages; `choose` picks one
+and says so in the log. Where PyTorch is set to deterministic algorithms (`determinism`), a kernel adds in one order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -27,6 +29,9 @@ class Kernel(Protocol):
     """What runs the bands of one buffer. `softcap` is 0 where there is none."""
 
     name: str
+
+    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int, softcap: bool) -> str | None:
+        """Why such tensors cannot be run here, to follow "kernel 'name'" in a sentence; None where they can."""
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, bands: Sequence[Band], scale: float, softcap: float
@@ -54,6 +59,20 @@ def accumulate(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
+@contextmanager
+def determinism(wanted: bool) -> Iterator[None]:
+    """PyTorch set to deterministic algorithms, if `wanted`, and afterwards set as before."""
+    before, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if not wanted or (before and not warn_only):
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
 def merge_(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
     """Add the softmax over other keys to (`output`, `lse`), in place. Rows that neither covers stay 0 and -inf."""
     total = torch.logaddexp(lse, other_lse)
@@ -67,6 +86,11 @@ class Reference:
     """Explicit scores, a stretch of a band's rows at a time."""
 
     name = "reference"
+
+    @staticmethod
+    def refusal(device: torch.device, dtype: torch.dtype, head_dim: int, softcap: bool) -> str | None:
+        """Nothing is refused."""
+        return None
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, bands: Sequence[Band], scale: float, softcap: float

@@ -95,10 +95,12 @@ class Slices:
     name = "sdpa"
 
     @staticmethod
-    def available(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-        """Whether PyTorch has a fused kernel for such tensors."""
+    def refusal(device: torch.device, dtype: torch.dtype, head_dim: int, softcap: bool) -> str | None:
+        """Why these tensors cannot be run here, as the end of a sentence; None where they can."""
+        if softcap:
+            return "has no soft cap"
         sample = torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device)
-        return kernel_for(sample, sample) is not None
+        return None if kernel_for(sample, sample) else f"does not take {dtype} with head size {head_dim} on {device.type}"
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, bands: Sequence[Band], scale: float, softcap: float
