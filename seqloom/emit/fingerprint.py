@@ -31,6 +31,7 @@ _VOLATILE_CONFIG = ("transformers_version", "_name_or_path", "dtype", "torch_dty
 def fingerprint(request: CompileRequest, config: PretrainedConfig, operators: Sequence[str]) -> dict[str, Any]:
     """Everything that decides the program; `operators` are the names of the registered functions that it calls."""
     asked = {k: v for k, v in dataclasses.asdict(request).items() if k not in _NOT_COMPARED}
+    asked["documents"] = bool(request.documents)  # their lengths shape the plan, and any others run under it
     settings = {k: v for k, v in config.to_dict().items() if k not in _VOLATILE_CONFIG}
     return {
         "request": asked,

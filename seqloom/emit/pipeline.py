@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,14 @@ import torch
 from seqloom.capture import Captured
 from seqloom.capture.architecture import resolve_config
 from seqloom.capture.cache import Cache
+from seqloom.capture.documents import attend_inside_documents
 from seqloom.capture.warm import cached_capture, read_config, registered_operators
 from seqloom.cost.hardware import Hardware, load_hardware
 from seqloom.emit import fingerprint as prints
 from seqloom.emit.program import program_source
 from seqloom.emit.request import CompileRequest
 from seqloom.errors import UserError
+from seqloom.graph import Graph
 from seqloom.plan.document import plan_document
 from seqloom.plan.evaluate import GIB, Evaluation, evaluate
 from seqloom.plan.plan import Plan, realize
@@ -66,7 +68,8 @@ def compile_program(request: CompileRequest) -> Compiled:
         loss_chunk=request.loss_chunk or DEFAULT_CHUNK,
     )
     marks.append(time.monotonic())
-    regions = build_regions(captured.graph)
+    captured = replace(captured, graph=asked_graph(request, captured.graph))
+    regions = build_regions(captured.graph, request.attention)
     decisions, solver = solve(regions, planner_request(request, hardware))
     plan = realize(regions, decisions, Machine(hardware, decisions.axes, request.dp))
     evaluation = evaluate(plan)
@@ -78,6 +81,11 @@ def compile_program(request: CompileRequest) -> Compiled:
     mark = prints.fingerprint(request, config, registered_operators(captured.graph))
     _write(request.folder, {PROGRAM: source, PLAN: _json(document), prints.FILE: _json(mark)})
     return Compiled(request.folder, document)
+
+
+def asked_graph(request: CompileRequest, graph: Graph) -> Graph:
+    """The captured graph with the attention that is asked for. Raises `UserError` where the model's own cannot be replaced."""
+    return attend_inside_documents(graph, request.documents or (request.seq_len,)) if request.inside_documents else graph
 
 
 def ensure_program(request: CompileRequest, log: Callable[[str], None] = print) -> Path:

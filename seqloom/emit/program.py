@@ -15,6 +15,8 @@ from seqloom.emit.layers import block_source, model_source
 from seqloom.emit.segments import IMPORTS
 from seqloom.emit.statements import Functions, Scope, operator_names
 from seqloom.errors import UserError
+from seqloom.plan.context import context_axes
+from seqloom.plan.labels import MAGI
 from seqloom.plan.placement import Layout
 from seqloom.plan.plan import Plan, PlannedRegion
 from seqloom.plan.price import DP
@@ -97,7 +99,32 @@ def _tables(plan: Plan, tied: Mapping[str, str]) -> str:
         f"SHARDED = {sharded_axes(plan)!r}  # the axes among these over which storage is sharded; ranks of the others hold copies",
         f"TIED = {dict(tied)!r}  # alias -> the parameter it shares",
     ]
+    attention = attention_axes(plan)
+    if attention is not None:
+        batch, sequence = attention
+        rows.append(
+            f"CONTEXT = {(batch, sequence)!r}  # axes that split attention's batch, and its sequence: documents are laid out for them"
+        )
+        rows.append(f"DOCUMENTS = {plan.documents!r}  # lengths of those of a typical row")
     return "\n".join(rows)
+
+
+def attention_axes(plan: Plan) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+    """Axes that split the batch and the sequence of attention inside documents; None where there is none.
+
+    Raises `UserError` where two blocks differ: the rows of a batch can be laid out in one way only.
+    """
+    found = {}
+    for planned in plan.regions.values():
+        for part in planned.clusters:
+            if part.cluster.nodes[0].op == MAGI:
+                batch = tuple(axis for axis, split in zip(plan.axis_names, part.strategy.splits, strict=True) if split == "b")
+                sequence = tuple(plan.axis_names[axis] for axis in context_axes(part.cluster, part.strategy.splits))
+                found[batch, sequence] = part.cluster.name
+    if len(found) > 1:
+        ways = " and ".join(f"over {', '.join((*batch, *sequence)) or 'nothing'} ({name})" for (batch, sequence), name in found.items())
+        raise UserError(f"the plan splits attention in two ways, {ways}, and documents can be laid out for one only: use --attention heads")
+    return next(iter(found), None)
 
 
 def sharded_axes(plan: Plan) -> tuple[str, ...]:

@@ -15,12 +15,12 @@ from typing import Any
 from seqloom.capture.cache import Cache
 from seqloom.capture.warm import ModelConfig, cached_capture
 from seqloom.cost.hardware import GIB, Hardware
-from seqloom.emit.pipeline import DEFAULT_CHUNK, DTYPES, planner_request
+from seqloom.emit.pipeline import DEFAULT_CHUNK, DTYPES, asked_graph, planner_request
 from seqloom.emit.request import CompileRequest
 from seqloom.errors import UserError
 from seqloom.plan.document import plan_document
 from seqloom.plan.evaluate import evaluate
-from seqloom.plan.labels import ATTENTION
+from seqloom.plan.labels import is_attention
 from seqloom.plan.plan import realize
 from seqloom.plan.price import Machine
 from seqloom.plan.problem import build_problem
@@ -45,7 +45,7 @@ def capture_regions(cache: Cache, config: ModelConfig, request: CompileRequest) 
         loss=request.loss,
         loss_chunk=request.loss_chunk or DEFAULT_CHUNK,
     )
-    return build_regions(captured.graph)
+    return build_regions(asked_graph(request, captured.graph), request.attention)
 
 
 def best_plan(regions: Regions, request: CompileRequest, hardware: Hardware) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def hybrid_mesh(regions: Regions, ranks: int) -> str | None:
     heads and 8 key/value heads); None where fewer axes will do. Positions come last: causal attention is least even over them.
     """
     for part in regions.parts.values():
-        for node in (node for cluster in part.parts for node in cluster.nodes if node.op == ATTENTION):
+        for node in (node for cluster in part.parts for node in cluster.nodes if is_attention(node.op)):
             queries, keys = (part.graph.values[name].shape[1] for name in node.inputs[:2])
             by_key = gcd(ranks, keys)
             by_query = gcd(ranks // by_key, queries // keys)

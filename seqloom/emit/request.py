@@ -49,6 +49,10 @@ class CompileRequest:
     """tokens of one chunk of the loss head; the planner chooses when not given"""
     attention_kernel: str | None = None
     """attention kernel to plan for, one that the hardware has rates of; its first, which every PyTorch has, when not given"""
+    attention: Literal["auto", "heads", "magi", "gather"] = "auto"
+    """how attention may be split: by heads, by the sequence (magi, or keys and values gathered), or as the planner chooses"""
+    documents: tuple[int, ...] = ()
+    """lengths of the documents of a typical row, within which attention stays; () for rows that are one sequence"""
     output_folder: Path = Path(".seqloom")
     """where programs are written"""
 
@@ -63,6 +67,16 @@ class CompileRequest:
         for field in ("seq_len", "micro_batch_size", "grad_accumulation_steps", "loss_chunk"):
             if getattr(self, field) is not None and getattr(self, field) < 1:
                 raise UserError(f"{field} must be at least 1, not {getattr(self, field)}")
+
+        if self.attention == "gather" and self.documents:
+            raise UserError(
+                "--attention gather knows no documents: use --attention auto, heads or magi, or pack the text with --pack stream"
+            )
+
+    @property
+    def inside_documents(self) -> bool:
+        """Whether attention is the operator that knows documents, which alone can split the sequence without gathering it."""
+        return bool(self.documents) or self.attention == "magi"
 
     @property
     def folder(self) -> Path:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from seqloom.emit.expressions import Context, Expression, Source, spell
 from seqloom.graph import Graph, Node
+from seqloom.plan.context import context_axes
 from seqloom.plan.placement import Layout, Move, local_shape
 from seqloom.plan.plan import Plan, PlannedCluster, PlannedRegion, Reshard
 from seqloom.plan.price import local_sizes
@@ -211,7 +212,7 @@ def _assignments(scope: Scope, planned: PlannedCluster, arguments: dict[str, Exp
     uses = [name for node in cluster.nodes for name in node.inputs]
     lines = []
     for node in cluster.nodes:
-        expression = spell(_told_its_start(scope, planned, node), arguments, context)
+        expression = spell(_given_its_group(scope, planned, _told_its_start(scope, planned, node)), arguments, context)
         name = node.outputs[0]
         inline = len(node.outputs) == 1 and uses.count(name) == 1 and name not in cluster.outputs and len(expression.text) <= INLINE_WIDTH
         if inline:
@@ -231,6 +232,18 @@ def _told_its_start(scope: Scope, planned: PlannedCluster, node: Node) -> Node:
             length = local_sizes(planned.cluster, planned.strategy, scope.plan.machine.sizes)[option.name]
             node = replace(node, kwargs=(*node.kwargs, (option.start, Source(f"self.{group_name(axes)}_rank * {length}"))))
     return node
+
+
+def _given_its_group(scope: Scope, planned: PlannedCluster, node: Node) -> Node:
+    """The node with the group over which its function splits the sequence itself, and without what only the planner reads."""
+    if not any(option.context for option in planned.cluster.classes):
+        return node
+    kwargs = [(name, value) for name, value in node.kwargs if name != "documents"]
+    axes = tuple(scope.plan.axis_names[axis] for axis in context_axes(planned.cluster, planned.strategy.splits))
+    if axes:
+        scope.groups[axes] = None
+        kwargs.append(("group", Source(f"self.{group_name(axes)}")))
+    return replace(node, kwargs=tuple(kwargs))
 
 
 def _is_whole_module(scope: Scope, planned: PlannedCluster) -> bool:

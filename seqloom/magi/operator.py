@@ -1,10 +1,10 @@
 """Magi attention as an operator of a compiled program: `magi_attention(query, key, value, scale, group=...)`.
 
-Role in the pipeline: where documents are packed, or where the sequence is split inside attention, the compiler puts this operator in the place
-of plain attention. Its annotation freezes the sequence; `context_parallel="l"` says that the operator splits it itself, over `group`. In: this
-rank's pieces of query, key and value. Who attends whom is no tensor: it is the key made last for the group (`seqloom.magi.key.use_key`), which
-the trainer sets before each micro-batch. `documents`, lengths of the documents of a typical row, is what the planner counts with; nothing here
-reads it at run time.
+Role in the pipeline: where documents are packed, or where the sequence is split inside attention, the compiler puts this operator in the
+place of plain attention. Its annotation freezes the sequence; `context_parallel="l"` says that the operator splits it itself, over
+`group`. In: this rank's pieces of query, key and value. Who attends whom is no tensor: it is the key made last for the group
+(`seqloom.magi.key.use_key`), which the trainer sets before each micro-batch. `documents`, lengths of the documents of a typical row, is
+what the planner counts with; nothing here reads it at run time.
 
 `torch.compile` sees one operator of PyTorch's library forward and one backward, so a compiled block around it does not break.
 """
@@ -49,12 +49,13 @@ def _comm(sizes: Mapping[str, Any]) -> int:
 
 
 def _workspace(sizes: Mapping[str, Any]) -> int:
-    """Bytes of temporaries of the backward pass: keys and values side by side and those received, in 2 bytes; the gradients of all in 4, those
-    of the queries twice (sum and part), with the output beside them.
+    """Bytes of temporaries of the backward pass: keys and values side by side and those received, in 2 bytes; gradients of all of them in
+    4, of the queries twice (sum and part); and where heads share keys, the largest call's keys, values and their gradients once for each head.
     """
-    rows, heads, key_heads = sizes["b"] * sizes["l"], sizes["k"] * sizes["g"], sizes["k"]
-    pairs = 2 * (rows + _received(sizes)) * key_heads * sizes["e"]
-    return 6 * pairs + 8 * rows * heads * sizes["e"]
+    rows, heads, key_heads, received = sizes["b"] * sizes["l"], sizes["k"] * sizes["g"], sizes["k"], _received(sizes)
+    pairs = 2 * (rows + received) * key_heads * sizes["e"]
+    repeated = 8 * max(rows, received) * heads * sizes["e"] if heads > key_heads else 0
+    return 6 * pairs + 8 * rows * heads * sizes["e"] + repeated
 
 
 @register_op(
@@ -76,8 +77,8 @@ def magi_attention(
 ) -> Tensor:
     """Attention of this rank's queries to the sequence of all ranks of `group`, by the mask of the key made last for it.
 
-    query `[b, k * g, l, e]`, key and value `[b, k, l, e]` -> `[b, k * g, l, e]`; the rows of the batch follow each other as documents of one
-    sequence. Raises `UserError` where no key was made, and for rows of another number than the key's.
+    query `[b, k * g, l, e]`, key and value `[b, k, l, e]` -> `[b, k * g, l, e]`; the rows of the batch follow each other as documents of
+    one sequence. Raises `UserError` where no key was made, and for rows of another number than the key's.
     """
     batch, length = query.shape[0], query.shape[2]
     rows = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]  # [b * l, heads, e]

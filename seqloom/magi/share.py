@@ -1,6 +1,7 @@
 """What a typical row of documents makes of attention with the sequence split: balance, rows that travel, how much is computed meanwhile.
 
-Role: the planner asks before there is any data or process. In: the lengths of the documents of one row, the number of ranks. Out: a `Share`.
+Role: the planner asks before there is any data or process. In: the lengths of the documents of one row, the number of ranks. Out: a
+`Share`.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from seqloom.magi.masks import infer_attn_mask_from_cu_seqlens
 
 @dataclass(frozen=True)
 class Share:
-    """Figures of one row: `balance`, the largest area of a rank over the mean; `received`, the most rows of keys that come to a rank; `host`,
-    the least part of a rank's area that it can compute before anything has come.
+    """Figures of one row: `balance`, the largest area of a rank over the mean; `received`, the most rows of keys that come to a rank;
+    `host`, the least part of a rank's area that it can compute before anything has come.
     """
 
     balance: float

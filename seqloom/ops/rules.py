@@ -59,6 +59,11 @@ def bind(op: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], values: Mapp
     return Annotation.parse(text.text).bind(shapes, **text.sizes)
 
 
+def context_of(op: str) -> str | None:
+    """The dimension that a registered operator itself splits over a process group; None for all others."""
+    return resolve(op).context_parallel if is_registered_name(op) else None
+
+
 def starts_of(op: str) -> Mapping[str, str]:
     """Dimensions that may be split only when the operator is told where its piece starts: name -> the keyword that says it."""
     return resolve(op).starts if is_registered_name(op) else {}

@@ -8,7 +8,7 @@ step.
 from __future__ import annotations
 
 from seqloom.plan.evaluate import GIB, Evaluation
-from seqloom.plan.labels import ATTENTION
+from seqloom.plan.labels import is_attention
 from seqloom.plan.plan import Plan
 from seqloom.plan.solver import SolverReport
 
@@ -50,7 +50,7 @@ def _compute(plan: Plan, evaluation: Evaluation, compute: float) -> str:
         planned.region.count * (cluster.price.forward_s + cluster.price.backward_s) * plan.storage.accumulation
         for planned in plan.regions.values()
         for cluster in planned.clusters
-        if cluster.cluster.nodes[0].op == ATTENTION
+        if is_attention(cluster.cluster.nodes[0].op)
     )
     alone = f", attention alone {attention / evaluation.step_s:.1%}" if attention else ""
     return f"Arithmetic binds: compute takes {compute / evaluation.step_s:.1%} of the step{alone}; {_room(plan, evaluation)}."

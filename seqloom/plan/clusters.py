@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from seqloom.graph import Graph, Node
-from seqloom.ops.rules import starts_of
+from seqloom.ops.rules import context_of, starts_of
 from seqloom.ops.saved import is_view, saved_for_backward
 
 HEAVY = frozenset(
@@ -32,7 +32,7 @@ class DimClass:
 
     `sizes` are the numbers of pieces that a split must divide; `reduced` are the outputs that become partial sums. `after` names the
     classes that outer mesh axes must have split down to 1 before (query heads of one key/value head: `g` after `k`); `start` the argument
-    that tells a registered function where its piece begins.
+    that tells a registered function where its piece begins; `context` marks the dimension that such a function itself splits over a group.
     """
 
     name: str
@@ -41,6 +41,7 @@ class DimClass:
     reduced: frozenset[str] = frozenset()
     after: tuple[str, ...] = ()
     start: str | None = None
+    context: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def _cluster(graph: Graph, nodes: list[Node], used_outside: set[str]) -> Cluster
     made = {out for node in nodes for out in node.outputs}
     inputs = tuple(dict.fromkeys(name for node in nodes for name in node.inputs if name not in made))
     outputs = tuple(out for node in nodes for out in node.outputs if out in used_outside)
-    classes = (*_classes(graph, nodes), *_nested_classes(nodes))
+    classes = (*_classes(graph, nodes), *_nested_classes(nodes), *_context_classes(nodes))
     return Cluster(nodes[-1].outputs[0], tuple(nodes), inputs, outputs, classes, tuple(_saved(graph, nodes)))
 
 
@@ -174,6 +175,15 @@ def _nested_classes(nodes: list[Node]) -> Iterator[DimClass]:
                 dims = {n: d for n, d in zip(node.inputs, split.input_dims, strict=True) if d is not None}
                 dims |= {n: d for n, d in zip(node.outputs, split.output_dims, strict=True) if d is not None}
                 yield DimClass(split.name, (split.size,), dims, after=split.after)
+
+
+def _context_classes(nodes: list[Node]) -> Iterator[DimClass]:
+    """The dimension that a registered function splits itself, over a group that it is given."""
+    if len(nodes) == 1 and (name := context_of(nodes[0].op)) is not None:
+        node = nodes[0]
+        sides = [*zip(node.inputs, node.bound.inputs, strict=True), *zip(node.outputs, node.bound.outputs, strict=True)]
+        dims = {value: found.index((name,)) for value, found in sides if found is not None and (name,) in found}
+        yield DimClass(name, (node.bound.sizes[name],), dims, context=True)
 
 
 def _classes(graph: Graph, nodes: list[Node]) -> tuple[DimClass, ...]:

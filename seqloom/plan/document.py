@@ -13,7 +13,7 @@ from typing import Any
 from seqloom.errors import UserError
 from seqloom.plan.binding import binding
 from seqloom.plan.evaluate import GIB, Evaluation
-from seqloom.plan.labels import ATTENTION
+from seqloom.plan.labels import is_attention
 from seqloom.plan.modes import Mode, kept_matmuls
 from seqloom.plan.placement import B, Layout, P, Placement, R, S
 from seqloom.plan.plan import Plan, PlannedRegion, Reshard
@@ -70,6 +70,7 @@ def plan_document(plan: Plan, evaluation: Evaluation, solver: SolverReport, timi
             "programs": solver.programs,
         },
         "timings": dict(timings),
+        "documents": list(plan.documents),
         "decisions": decisions_document(plan.decisions),
     }
 
@@ -109,7 +110,7 @@ def _ranks(plan: Plan) -> int:
 def _mfu(plan: Plan, evaluation: Evaluation, ranks: int) -> tuple[float, float]:
     """Model FLOPs utilization counting causal attention as it is, and counting it full (the usual publication)."""
     attention = sum(
-        planned.region.count * sum(flops_of(n) for c in planned.clusters for n in c.cluster.nodes if n.op == ATTENTION)
+        planned.region.count * sum(flops_of(n) for c in planned.clusters for n in c.cluster.nodes if is_attention(n.op))
         for planned in plan.regions.values()
     )
     dtype = next(iter(plan.outer.region.graph.parameters().values())).dtype

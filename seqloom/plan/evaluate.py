@@ -18,7 +18,7 @@ from seqloom.plan.memory import copy_seconds
 from seqloom.plan.modes import reached, replays
 from seqloom.plan.placement import local_shape
 from seqloom.plan.plan import Plan, PlannedCluster, PlannedRegion, PlannedSegment, Reshard
-from seqloom.plan.price import backward_flops, flops_of, move_wire_bytes, rank_flops
+from seqloom.plan.price import backward_flops, exchange, flops_of, move_wire_bytes, rank_flops
 from seqloom.plan.problem import extra_seconds, split_axis_gradients
 from seqloom.plan.regions import OUTER
 from seqloom.plan.storage import group_wire_bytes
@@ -128,6 +128,8 @@ def _wire_bytes(plan: Plan) -> dict[str, int]:
 
     for key, planned in plan.regions.items():
         add(group_wire_bytes(parameter_numel(plan, planned), plan.machine, plan.storage, key == OUTER), planned.region.count)
+        for found in _exchanges(plan, planned):
+            add(found, planned.region.count * plan.storage.accumulation)
         for reshard in _reshards(planned):
             add(reshard_wire_bytes(plan, planned.region.graph, reshard), planned.region.count * plan.storage.accumulation)
         for reshard, times in (pair for segment in planned.segments for pair in _again(segment, planned)):
@@ -137,6 +139,14 @@ def _wire_bytes(plan: Plan) -> dict[str, int]:
         for reshard in reshards:
             add(reshard_wire_bytes(plan, plan.outer.region.graph, reshard), plan.storage.accumulation)
     return {kind: count for kind, count in sorted(total.items()) if count}
+
+
+def _exchanges(plan: Plan, planned: PlannedRegion) -> Iterator[dict[str, int]]:
+    """Bytes on the wire inside operators that split their sequence themselves, forward and backward."""
+    for c in planned.clusters:
+        travel = exchange(planned.region.graph, c.cluster, c.strategy, plan.machine)
+        if travel is not None:
+            yield {"all_to_all": travel.rows_bytes + travel.backward_bytes}
 
 
 def _reshards(planned: PlannedRegion) -> list[Reshard]:

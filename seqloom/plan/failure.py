@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from seqloom.cost.hardware import GIB
 from seqloom.plan.budget import add_storage
-from seqloom.plan.labels import ATTENTION
+from seqloom.plan.labels import is_attention
 from seqloom.plan.linear import OutOfTime
 from seqloom.plan.memory import add_memory
 from seqloom.plan.price import Machine
@@ -70,7 +70,7 @@ def _why_nothing_divides(regions: Regions, request: Request) -> str:
     batch, seq_len = graph.values[graph.inputs[0]].shape
     sizes = f"sequence length {seq_len}, batch {batch}"
     for part in regions.parts.values():
-        for node in (node for cluster in part.parts for node in cluster.nodes if node.op == ATTENTION):
+        for node in (node for cluster in part.parts for node in cluster.nodes if is_attention(node.op)):
             query, key = (part.graph.values[name].shape[1] for name in node.inputs[:2])
             sizes = f"sequence length {seq_len}, batch {batch}, {query} query heads, {key} key/value heads"
     asked = f" with --force {request.force}" if request.force else ""

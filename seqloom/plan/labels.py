@@ -13,6 +13,12 @@ from seqloom.graph import Graph, Node
 
 Labels = Mapping[str, tuple[str, ...]]
 ATTENTION = "seqloom.ops.attention:attention"
+MAGI = "seqloom.magi.operator:magi_attention"
+
+
+def is_attention(op: str) -> bool:
+    """Whether an operator is attention, plain or over documents."""
+    return op in (ATTENTION, MAGI)
 
 
 def label_graph(graph: Graph) -> dict[str, Labels]:
@@ -69,7 +75,7 @@ def size_letters(graph: Graph) -> dict[int, str]:
     graphs = [graph, *graph.blocks.values()]
     for part in graphs:
         for node in part.nodes:
-            if node.op == ATTENTION:
+            if is_attention(node.op):
                 query, key = (part.values[name].shape for name in node.inputs[:2])
                 for size, letter in ((query[3], "e"), (query[1], "h"), (key[1], "k")):
                     letters.setdefault(size, letter)

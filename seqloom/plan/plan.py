@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from seqloom.plan.clusters import Cluster
+from seqloom.plan.labels import MAGI
 from seqloom.plan.modes import KEEP, Counts, scaled
 from seqloom.plan.placement import Layout, Move, reshard_path
 from seqloom.plan.price import Machine, Price, move_seconds, price
@@ -88,6 +89,12 @@ class Plan:
     regions: Mapping[str, PlannedRegion]
     entering: Mapping[str, tuple[Reshard, ...]]
     decisions: Decisions
+
+    @property
+    def documents(self) -> tuple[int, ...]:
+        """Lengths of the documents of a typical row, within which attention stays; () where it is plain."""
+        nodes = (node for planned in self.regions.values() for part in planned.clusters for node in part.cluster.nodes)
+        return next((dict(node.kwargs)["documents"] for node in nodes if node.op == MAGI), ())
 
     @property
     def outer(self) -> PlannedRegion:

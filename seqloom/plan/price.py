@@ -19,7 +19,8 @@ from seqloom.graph import Graph, Node, Value
 from seqloom.ops.flops import flops, local_flops, matmul_side, workspace_bytes
 from seqloom.ops.saved import is_view
 from seqloom.plan.clusters import Cluster, DimClass
-from seqloom.plan.labels import ATTENTION
+from seqloom.plan.context import Exchange, exchange_of
+from seqloom.plan.labels import is_attention
 from seqloom.plan.placement import Layout, Move, local_shape
 from seqloom.plan.space import Axis, Strategy, with_constants
 
@@ -149,11 +150,22 @@ def price(graph: Graph, cluster: Cluster, strategy: Strategy, machine: Machine, 
     sizes = local_sizes(cluster, strategy, machine.sizes)
     count = rank_flops(cluster, strategy, machine.sizes) / tiles
     forward, backward = _seconds(graph, cluster, shapes, nbytes, count, _side(cluster.nodes[0], sizes), machine.hardware)
+    travel = exchange(graph, cluster, strategy, machine)
+    if travel is not None:
+        forward, backward = travel.seconds(forward, backward, machine.hardware, machine.span(travel.axes))
     activations = [n for n in (*cluster.inputs, *cluster.outputs) if graph.values[n].requires_grad and graph.values[n].kind != "parameter"]
     node = cluster.nodes[0]
     working = sum(nbytes[name] for name in activations) + workspace_bytes(node.op, node.args, dict(node.kwargs), sizes)
     working += 2 * max((nbytes[name] for name in _inside(graph, cluster)), default=0)  # a gradient inside the chain, and the next one
     return Price(tiles * forward, tiles * backward, _saved(cluster, strategy, nbytes), working)
+
+
+def exchange(graph: Graph, cluster: Cluster, strategy: Strategy, machine: Machine) -> Exchange | None:
+    """What travels inside a cluster that splits its sequence itself; None for all others."""
+    if not any(option.context for option in cluster.classes):
+        return None
+    itemsize = graph.values[cluster.inputs[0]].dtype.itemsize
+    return exchange_of(cluster, strategy.splits, machine.sizes, local_sizes(cluster, strategy, machine.sizes), itemsize)
 
 
 def _inside(graph: Graph, cluster: Cluster) -> list[str]:
@@ -203,7 +215,7 @@ def backward_flops(cluster: Cluster, forward: float) -> float:
     keeps only its inputs and computes again before it differentiates.
     """
     op = cluster.nodes[0].op
-    return forward * (ATTENTION_BACKWARD_RATIO if op == ATTENTION else 3.0 if ":" in op else 2.0)
+    return forward * (ATTENTION_BACKWARD_RATIO if is_attention(op) else 3.0 if ":" in op else 2.0)
 
 
 def _seconds(
@@ -223,7 +235,7 @@ def _seconds(
         dtype = graph.values[node.outputs[0]].dtype
         forward = matmul_seconds(hardware, m, n, k, dtype)
         return forward, matmul_seconds(hardware, m, k, n, dtype) + matmul_seconds(hardware, n, k, m, dtype)
-    if node.op == ATTENTION:
+    if is_attention(node.op):
         dtype = graph.values[node.outputs[0]].dtype
         backward = attention_seconds(hardware, ATTENTION_BACKWARD_RATIO * count, dtype, backward=True)
         return attention_seconds(hardware, count, dtype), backward

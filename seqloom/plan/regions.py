@@ -8,11 +8,11 @@ the plan of a block holds for each of its calls and nothing is resharded between
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from seqloom.graph import Graph, Node
 from seqloom.plan.clusters import Cluster, clusters
-from seqloom.plan.labels import Labels, label_graph
+from seqloom.plan.labels import Labels, is_attention, label_graph
 from seqloom.plan.segments import Segment, segments
 
 OUTER = ""
@@ -48,19 +48,32 @@ class Regions:
         return self.parts[OUTER]
 
 
-def build_regions(graph: Graph) -> Regions:
-    """Regions and slots of a captured graph."""
+DROPPED = {"auto": (), "heads": ("l",), "gather": ("k", "g"), "magi": ("k", "g")}  # dimensions that attention may then not be split along
+
+
+def build_regions(graph: Graph, attention: str = "auto") -> Regions:
+    """Regions and slots of a captured graph; `attention` says how attention may be split, a key of `DROPPED`."""
     labels = label_graph(graph)
     calls = [node for node in graph.nodes if node.is_block]
     counts: dict[str, int] = {}
     for call in calls:
         counts[call.block] = counts.get(call.block, 0) + 1
-    parts = {OUTER: Region(OUTER, graph, 1, clusters(graph), (), labels[OUTER])}
+    parts = {OUTER: Region(OUTER, graph, 1, _restricted(clusters(graph), attention), (), labels[OUTER])}
     for name, count in counts.items():
         block = graph.blocks[name]
-        inside = clusters(block)
+        inside = _restricted(clusters(block), attention)
         parts[name] = Region(name, block, count, inside, segments(block, inside), labels[name])
     return Regions(graph, parts, _slots(graph, calls))
+
+
+def _restricted(parts: tuple[Cluster, ...], attention: str) -> tuple[Cluster, ...]:
+    """The clusters without the splits of attention that are ruled out."""
+    dropped = DROPPED[attention]
+
+    def restrict(part: Cluster) -> Cluster:
+        return replace(part, classes=tuple(option for option in part.classes if option.name not in dropped))
+
+    return tuple(restrict(part) if dropped and is_attention(part.nodes[0].op) else part for part in parts)
 
 
 def _slots(graph: Graph, calls: list[Node]) -> dict[tuple[str, str], str]:

@@ -9,7 +9,7 @@ from math import prod
 
 from seqloom.cost.hardware import Hardware
 from seqloom.errors import UserError
-from seqloom.plan.labels import ATTENTION
+from seqloom.plan.labels import is_attention
 from seqloom.plan.regions import Regions
 from seqloom.plan.space import Axis, parse_force
 
@@ -85,7 +85,7 @@ def wanted_sum_axes(regions: Regions, request: Request) -> int:
     batch = regions.graph.values[regions.graph.inputs[0]].shape[0]
     heads: set[tuple[int, int]] = set()
     for part in regions.parts.values():
-        for node in (node for cluster in part.parts for node in cluster.nodes if node.op == ATTENTION):
+        for node in (node for cluster in part.parts for node in cluster.nodes if is_attention(node.op)):
             query, key = (part.graph.values[name].shape[1] for name in node.inputs[:2])
             heads.add((query, key))
     short = max((sum(count % request.ranks != 0 for count in pair) for pair in heads), default=0)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from seqloom.graph import Graph
 from seqloom.plan.clusters import Cluster
-from seqloom.plan.labels import ATTENTION
+from seqloom.plan.labels import is_attention
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def _only_adds(parts: Sequence[Cluster]) -> bool:
 
 
 def _is_attention(part: Cluster) -> bool:
-    return part.nodes[0].op == ATTENTION
+    return is_attention(part.nodes[0].op)
 
 
 def _alive(block: Graph, parts: Sequence[Cluster], index: int) -> set[str]:

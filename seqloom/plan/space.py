@@ -20,7 +20,7 @@ from seqloom.errors import UserError
 from seqloom.graph import Graph
 from seqloom.ops.registry import choices_of, resolve
 from seqloom.plan.clusters import Cluster, DimClass
-from seqloom.plan.labels import ATTENTION, Labels
+from seqloom.plan.labels import Labels, is_attention
 from seqloom.plan.placement import B, Layout, P, Placement, R, S, divides
 
 Role = Literal["sum", "split"]
@@ -154,7 +154,7 @@ def _allowed(graph: Graph, cluster: Cluster, labels: Labels, axis: Axis, option:
     linear = cluster.heavy and any(graph.values[name].kind == "parameter" and len(graph.values[name].shape) == 2 for name in cluster.inputs)
     if force == "dp":
         return kind == "b" if "b" in kinds else kind == ""
-    if cluster.nodes[0].op == ATTENTION and force in ("sp", "cp"):
+    if is_attention(cluster.nodes[0].op) and force in ("sp", "cp"):
         heads = [c for c in cluster.classes if _kind(graph, cluster, labels, c) == "other" and all(n % axis.size == 0 for n in c.sizes)]
         return kind == ("other" if force == "sp" and heads else "l")
     if force in ("sp", "cp"):

@@ -125,6 +125,10 @@ def collective_bytes(func: Any, args: tuple) -> dict[CollectiveKind, int]:
             return {"all_to_all": wire_bytes("all_to_all", nbytes(args[0]), _resolve_process_group(args[3]).size())}
         case "all_reduce":
             return {"all_reduce": wire_bytes("all_reduce", nbytes(args[0]), _resolve_process_group(args[2]).size())}
+        case "alltoall_base_":  # output, input, group, rows that come from each rank, rows that go to each
+            into, rank = args[4], dist.ProcessGroup.unbox(args[2]).rank()
+            own = into[rank] / max(1, sum(into)) if into else 1 / dist.ProcessGroup.unbox(args[2]).size()
+            return {"all_to_all": round(nbytes(args[1]) * (1 - own))}
         case "_allgather_base_":
             return {"all_gather": wire_bytes("all_gather", nbytes(args[0]), nbytes(args[0]) // nbytes(args[1]))}
         case "_reduce_scatter_base_":

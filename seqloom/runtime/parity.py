@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from seqloom.capture.float64 import Float64Mode
+from seqloom.runtime.context import BORDERS, positions
 from seqloom.runtime.materialize import materialize
 from seqloom.runtime.mesh import DP, build_mesh
 from seqloom.runtime.program import load_program
@@ -38,8 +39,8 @@ class Difference:
     parameter: str
 
 
-def random_batches(config: PretrainedConfig, batch: int, seq_len: int, count: int, seed: int) -> list[MicroBatch]:
-    """`count` micro-batches of random tokens `[batch, seq_len]`, some labels ignored."""
+def random_batches(config: PretrainedConfig, batch: int, seq_len: int, count: int, seed: int, documents: bool = False) -> list[MicroBatch]:
+    """`count` micro-batches of random tokens `[batch, seq_len]`, some labels ignored; with `documents` of random documents."""
     generator = torch.Generator().manual_seed(seed)
     batches = []
     for _ in range(count):
@@ -47,7 +48,19 @@ def random_batches(config: PretrainedConfig, batch: int, seq_len: int, count: in
         labels = tokens[:, 1:].clone()
         labels[torch.rand(labels.shape, generator=generator) < 0.1] = IGNORED
         batches.append({"input_ids": tokens[:, :-1].contiguous(), "labels": labels})
+        if documents:
+            batches[-1] |= random_documents(batch, seq_len, generator)
     return batches
+
+
+def random_documents(rows: int, length: int, generator: torch.Generator) -> MicroBatch:
+    """`cu_seqlens` and `position_ids` of rows that each hold a few documents of random lengths."""
+    borders = [torch.zeros(1, dtype=torch.int64)]
+    for row in range(rows):
+        inside = torch.randperm(length - 1, generator=generator)[: min(3, length - 1)] + 1
+        borders.append(row * length + torch.cat([inside.sort().values, torch.tensor([length])]))
+    joined = torch.cat(borders)
+    return {BORDERS: joined, "position_ids": positions(joined.numpy(), rows, length)}
 
 
 def program_gradients(
@@ -81,9 +94,10 @@ def original_gradients(
     tokens = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
     total = 0.0
     for batch in batches:
-        positions = torch.arange(batch["input_ids"].shape[1]).expand(batch["input_ids"].shape)
+        rows = batch["input_ids"].shape
+        places = batch.get("position_ids", torch.arange(rows[1]).expand(rows))
         with Float64Mode() if dtype == torch.float64 else torch.enable_grad():
-            logits = model(input_ids=batch["input_ids"], position_ids=positions, use_cache=False).logits
+            logits = model(input_ids=batch["input_ids"], position_ids=places, use_cache=False).logits
             loss = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED, reduction="sum") / tokens
             loss.backward()
         total += float(loss.detach())

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
 from seqloom.errors import UserError
+from seqloom.runtime.context import Layout, Prepared
 from seqloom.runtime.mesh import DP
 from seqloom.runtime.program import Axes, Program
 
@@ -50,7 +51,7 @@ class TrainStep:
         self.model, self.program, self.mesh = model, program, mesh
         self.optimizer, self.device, self.max_grad_norm = optimizer, device, max_grad_norm
 
-    def __call__(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
+    def __call__(self, micro_batches: Sequence[MicroBatch | Prepared]) -> StepResult:
         """Accumulate gradients over this scale unit's micro-batches, clip, update the weights, and clear the gradients."""
         loss, tokens = accumulate_gradients(self.model, self.program, self.mesh, micro_batches, self.device)
         loss, grad_norm = reduce_loss_and_norm(self.model, self.program, self.mesh, loss)
@@ -62,22 +63,31 @@ class TrainStep:
 
 
 def accumulate_gradients(
-    model: nn.Module, program: Program, mesh: DeviceMesh, micro_batches: Sequence[MicroBatch], device: torch.device
+    model: nn.Module, program: Program, mesh: DeviceMesh, micro_batches: Sequence[MicroBatch | Prepared], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Run every micro-batch forward and backward; the gradients are then those of the mean loss of the whole step.
 
     Returns this rank's part of that loss, and the number of tokens that count over all scale units. Raises `UserError` for an input
     that the program does not know by name or shape.
     """
-    tokens = count_tokens(micro_batches, mesh, device)
+    prepared = prepare(program, mesh, micro_batches)
+    tokens = count_tokens([batch.inputs for batch in prepared], mesh, device)
     loss = torch.zeros((), dtype=torch.float64, device=device)
-    for index, micro_batch in enumerate(micro_batches):
-        inputs = local_inputs(program, mesh, micro_batch, device)
+    for index, micro_batch in enumerate(prepared):
+        inputs = local_inputs(program, mesh, micro_batch.use(), device)
         _delay_reduction(model, program, last=index == len(micro_batches) - 1)
         part = model(**inputs) / tokens.clamp(min=1)
         part.backward()
         loss += part.detach()
     return loss, tokens
+
+
+def prepare(program: Program, mesh: DeviceMesh, micro_batches: Sequence[MicroBatch | Prepared]) -> list[Prepared]:
+    """Micro-batches laid out for the program; those that were prepared ahead stay as they are."""
+    if all(isinstance(batch, Prepared) for batch in micro_batches):
+        return list(micro_batches)
+    layout = Layout(program, mesh)
+    return [batch if isinstance(batch, Prepared) else layout.prepare(batch) for batch in micro_batches]
 
 
 def count_tokens(micro_batches: Sequence[MicroBatch], mesh: DeviceMesh, device: torch.device) -> Tensor:

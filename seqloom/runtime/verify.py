@@ -11,7 +11,9 @@ import logging
 import os
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from itertools import accumulate, pairwise
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 import seqloom.runtime.offload
 from seqloom.capture import capture
+from seqloom.capture.documents import attend_inside_documents
 from seqloom.cost.hardware import load_hardware
 from seqloom.emit import fingerprint as prints
 from seqloom.emit.pipeline import PLAN, PROGRAM
@@ -73,7 +76,13 @@ def verify(folder: Path, *, dp: int | None = None) -> Difference:
         accumulation=min(2, decisions.storage.accumulation),
         units=min(decisions.dp, 2) if dp is None else dp,
         loss=request["loss"],
+        documents=plan_documents(document),
     )
+
+
+def plan_documents(document: Mapping[str, Any]) -> tuple[int, ...]:
+    """Lengths of the documents of a typical row of a plan; () where attention is plain."""
+    return tuple(document.get("documents", ()))
 
 
 def _config(settings: dict[str, Any]) -> PretrainedConfig:
@@ -82,7 +91,9 @@ def _config(settings: dict[str, Any]) -> PretrainedConfig:
     return AutoConfig.for_model(settings["model_type"], **{k: v for k, v in settings.items() if k != "model_type"})
 
 
-def verify_decisions(config: PretrainedConfig, decisions: Decisions, *, batch: int, accumulation: int, units: int, loss: str) -> Difference:
+def verify_decisions(
+    config: PretrainedConfig, decisions: Decisions, *, batch: int, accumulation: int, units: int, loss: str, documents: Sequence[int] = ()
+) -> Difference:
     """Lay decisions over a shrunken model, run it on processes and compare. See `verify`."""
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -90,13 +101,15 @@ def verify_decisions(config: PretrainedConfig, decisions: Decisions, *, batch: i
     disable_progress_bar()
     plan_ranks = prod(axis.size for axis in decisions.axes)
     small = shrink(config, plan_ranks)
-    batches = [random_batches(small, batch, SHORT * max(plan_ranks, 4), accumulation, seed) for seed in range(units)]
+    length = SHORT * max(plan_ranks, 4)
+    documents = scaled_documents(documents, length)
+    batches = [random_batches(small, batch, length, accumulation, seed, documents=bool(documents)) for seed in range(units)]
     with tempfile.TemporaryDirectory(prefix="seqloom-verify-") as place:
         folder, weights, result = Path(place) / "program", Path(place) / "weights", Path(place) / "result.safetensors"
         folder.mkdir()
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(small, dtype=torch.float64).save_pretrained(weights)
-        write_program(small, decisions, folder, batch=batch, seq_len=SHORT * max(plan_ranks, 4), loss=loss)
+        write_program(small, decisions, folder, batch=batch, seq_len=length, loss=loss, documents=documents)
         job = (units * plan_ranks, str(Path(place) / "store"), folder, small, weights, batches, result)
         torch.multiprocessing.spawn(_rank, job, nprocs=units * plan_ranks)
         found = load_file(result)
@@ -104,16 +117,29 @@ def verify_decisions(config: PretrainedConfig, decisions: Decisions, *, batch: i
     return compare(found.pop("loss").item(), found, true_loss, true_gradients)
 
 
-def write_program(config: PretrainedConfig, decisions: Decisions, folder: Path, *, batch: int, seq_len: int, loss: str) -> None:
+def write_program(
+    config: PretrainedConfig, decisions: Decisions, folder: Path, *, batch: int, seq_len: int, loss: str, documents: tuple[int, ...]
+) -> None:
     """Emit the fp64 program of decisions for a config. Raises `UserError` where they do not fit it."""
     captured = capture(config, batch_size=batch, seq_len=seq_len, dtype=torch.float64, loss=loss, loss_chunk=16)
     machine = Machine(load_hardware("cpu"), decisions.axes, decisions.dp)
+    graph = attend_inside_documents(captured.graph, documents) if documents else captured.graph
     try:
-        plan = realize(build_regions(captured.graph), decisions, machine)
+        plan = realize(build_regions(graph), decisions, machine)
     except PlanMismatch as error:
         raise UserError(f"the plan can not be laid over the small model that verify runs: {error}") from error
     text = program_source(plan, captured.model_class, captured.tied, "Written for verification.")
     (folder / PROGRAM).write_text(text, encoding="utf-8")
+
+
+def scaled_documents(documents: Sequence[int], length: int) -> tuple[int, ...]:
+    """The documents of a row of another length, in the same proportions, none empty."""
+    if not documents:
+        return ()
+    kept = list(documents)[: max(1, length // 2)]
+    ends = [max(index + 1, round(end * (length - len(kept)) / sum(kept)) + index + 1) for index, end in enumerate(accumulate(kept))]
+    ends[-1] = length
+    return tuple(end - start for start, end in pairwise([0, *ends]))
 
 
 def _rank(rank: int, world: int, store: str, folder: Path, config: PretrainedConfig, weights: Path, batches: list, result: Path) -> None:

@@ -23,11 +23,13 @@ from seqloom.checkpoint import group
 from seqloom.data.loader import Loader, PackedDataset, open_dataset
 from seqloom.emit.request import CompileRequest
 from seqloom.errors import UserError
+from seqloom.runtime.context import Layout
 from seqloom.runtime.materialize import materialize
 from seqloom.runtime.mesh import DP, build_mesh
 from seqloom.runtime.optimizer import build_optimizer
 from seqloom.runtime.program import Program, load_program
 from seqloom.runtime.step import TrainStep
+from seqloom.trainer.ahead import Ahead
 from seqloom.trainer.config import TrainConfig
 from seqloom.trainer.start import check_folders, check_world_size, choose_weights
 
@@ -52,6 +54,7 @@ class Run:
     weights: Path | None
     dataset: PackedDataset
     loader: Loader
+    ahead: Ahead
     model: nn.Module
     optimizer: AdamW
     train_step: TrainStep
@@ -92,6 +95,7 @@ def build(config: TrainConfig, device: torch.device, say: Callable[[str], None])
         weights=weights,
         dataset=dataset,
         loader=loader,
+        ahead=Ahead(loader, Layout(program, mesh)),
         model=model,
         optimizer=optimizer,
         train_step=TrainStep(model, program, mesh, optimizer, device, settings.max_grad_norm or None),

@@ -64,13 +64,22 @@ class CompileConfig:
     """Tokens of one chunk of the loss head; the planner chooses when not given."""
     attention_kernel: str | None = None
     """Attention kernel to plan for, one that the hardware has rates of (flash3); what every PyTorch has when not given."""
+    attention: Literal["auto", "heads", "magi", "gather"] = "auto"
+    """How attention may be split: by heads, by the sequence (magi; gather), or as the planner chooses."""
     output_folder: Path = Path(".seqloom")
     """Where programs are written, each in a folder of its name."""
 
     def request(self) -> CompileRequest:
         """The compilation asked for. Raises `UserError` where the sequence length is unknown or contradicts the data set."""
-        given = {name: getattr(self, name) for name in (f.name for f in fields(CompileRequest)) if name != "seq_len"}
-        return CompileRequest(seq_len=self._sequence_length(), **given)
+        given = {name: getattr(self, name) for name in (f.name for f in fields(CompileRequest)) if name not in ("seq_len", "documents")}
+        return CompileRequest(seq_len=self._sequence_length(), documents=self._documents(), **given)
+
+    def _documents(self) -> tuple[int, ...]:
+        """Lengths of the documents of a typical row of the data set; () where a row is one sequence."""
+        if self.dataset_path is None:
+            return ()
+        metadata = read_metadata(self.dataset_path.expanduser())
+        return tuple(metadata.typical_row) if metadata.pack == "documents" else ()
 
     def _sequence_length(self) -> int:
         if self.dataset_path is None and self.seq_len is None:

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from seqloom.runtime.step import IGNORED, count_tokens, local_inputs, reduce_loss_and_norm
+from seqloom.runtime.context import BORDERS
+from seqloom.runtime.step import IGNORED, MicroBatch, count_tokens, local_inputs, prepare, reduce_loss_and_norm
 from seqloom.trainer.build import Run
 
 FINAL_FILE = "final.json"
@@ -25,13 +26,14 @@ def write_final(run: Run, step: int) -> dict[str, Any]:
     """Evaluate and, on rank 0, write `final.json`; returns what is in it. Collective."""
     rows = np.arange(run.config.compile.micro_batch_size) % run.dataset.rows
     input_ids, labels = (torch.from_numpy(array.astype(np.int64)) for array in run.dataset.read(rows))
+    batch = {"input_ids": input_ids, "labels": labels, BORDERS: torch.from_numpy(run.dataset.read_cu_seqlens(rows))}
     counted = (labels[0] != IGNORED).nonzero().flatten()
     places = counted[torch.linspace(0, len(counted) - 1, NUM_TOKENS).long()].unique().tolist()
     final = {
         "step": step,
         "rows": rows.tolist(),
-        "loss": evaluate(run, input_ids, labels),
-        "token_losses": {str(place): evaluate(run, input_ids, _only(labels, place)) for place in places},
+        "loss": evaluate(run, batch),
+        "token_losses": {str(place): evaluate(run, {**batch, "labels": _only(labels, place)}) for place in places},
     }
     if dist.get_rank() == 0:
         (run.config.log_folder / FINAL_FILE).write_text(json.dumps(final, indent=2) + "\n", encoding="utf-8")
@@ -39,10 +41,10 @@ def write_final(run: Run, step: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def evaluate(run: Run, input_ids: Tensor, labels: Tensor) -> float:
+def evaluate(run: Run, micro_batch: MicroBatch) -> float:
     """Mean loss per counted token of one micro-batch `[b, l]`, which every scale unit runs. Collective."""
-    micro_batch = {"input_ids": input_ids, "labels": labels}
-    inputs = local_inputs(run.program, run.mesh, micro_batch, run.device)
+    (prepared,) = prepare(run.program, run.mesh, [micro_batch])
+    inputs = local_inputs(run.program, run.mesh, prepared.use(), run.device)
     tokens = count_tokens([micro_batch], run.mesh, run.device).clamp(min=1)  # of all scale units, as the sum of their losses is
     loss, _ = reduce_loss_and_norm(run.model, run.program, run.mesh, run.model(**inputs) / tokens)
     return loss.item()

@@ -93,6 +93,7 @@ def _train(run: Run, progress: Progress) -> None:
                 path = _save(run, progress)
                 if log:
                     log.say(f"saved {path}")
+    run.ahead.close()
     final = write_final(run, progress.step)
     if dist.get_rank() == 0:
         name, folder = run.config.compile.name, run.config.log_folder
@@ -112,7 +113,7 @@ def _step(run: Run, progress: Progress) -> StepRecord:
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     started = time.perf_counter()
-    micro_batches = run.loader.next_step()
+    micro_batches = run.ahead.next_step()
     waited = time.perf_counter() - started
     result = run.train_step(micro_batches)
     loss, grad_norm, tokens = result.loss.item(), result.grad_norm.item(), int(result.tokens)
