@@ -21,7 +21,7 @@ from torch.distributed import DeviceMesh, ProcessGroup
 from seqloom.errors import UserError
 from seqloom.magi import rows as _rows
 from seqloom.magi.attention import attend
-from seqloom.magi.key import DistAttnRuntimeKey, global_rows, group_of, make_key, most_recent_key, runtime_of
+from seqloom.magi.key import DistAttnRuntimeKey, global_rows, group_of, make_key, most_recent_key, nodes_of, runtime_of
 from seqloom.magi.mask import AttnMask
 from seqloom.magi.masks import infer_attn_mask_from_cu_seqlens, infer_attn_mask_from_sliding_window, infer_varlen_mask_from_batch
 
@@ -59,13 +59,15 @@ class DistAttnConfig:
 
     `algorithm`: "auto" weighs compute and communication, "area" balances the mask's area alone. `uneven`: chunk counts of ranks may differ
     by one, instead of padding. `degree`: stages whose rows travel while the one before is computed; 0 is one blocking exchange, "auto" lets
-    the cost model say. `kernel`: "reference", "sdpa", or None for the fastest that takes the tensors.
+    the cost model say. `kernel`: "magi", "flash3", "flash2", "sdpa", "flex", "reference", or None for the fastest that takes the tensors.
+    `deterministic`: every sum has one order, so that two runs give the same bits.
     """
 
     algorithm: str = "auto"
     uneven: bool = False
     degree: int | str = 1
     kernel: str | None = None
+    deterministic: bool = False
 
 
 @dataclass(frozen=True)
@@ -291,11 +293,12 @@ def _key(
     config: DistAttnConfig | None,
 ) -> DistAttnRuntimeKey:
     config = config or DistAttnConfig()
-    options = {"algorithm": config.algorithm, "uneven": config.uneven, "degree": config.degree, "kernel": config.kernel}
-    return make_key(mask, heads, kv_heads, head_dim, group_of(group), chunk_size=chunk_size, **options)
+    options = {name: getattr(config, name) for name in ("algorithm", "uneven", "degree", "kernel", "deterministic")}
+    return make_key(mask, heads, kv_heads, head_dim, group_of(group), chunk_size=chunk_size, nodes=nodes_of(group), **options)
 
 
 def _on_old_rows(mask: AttnMask, key: DistAttnRuntimeKey, config: DistAttnConfig | None) -> DistAttnRuntimeKey:
-    degree, kernel = (key.degree, key.kernel) if config is None else (config.degree, config.kernel)
+    given = key if config is None else config
+    options = {name: getattr(given, name) for name in ("degree", "kernel", "deterministic")}
     sizes = (key.num_heads_q, key.num_heads_kv, key.head_dim)
-    return make_key(mask, *sizes, key.group, degree=degree, kernel=kernel, dispatch=key.dispatch)
+    return make_key(mask, *sizes, key.group, dispatch=key.dispatch, nodes=key.nodes, **options)

@@ -11,37 +11,40 @@ FlashAttention-2, arXiv:2307.08691). With `merged` there is one stage and one ke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from seqloom.magi.bands import Band
-from seqloom.magi.groupcast import Flight, Route, add_rows_, group_cast, group_reduce
-from seqloom.magi.kernels import Kernel, accumulate, merge_
+from seqloom.magi.groupcast import Flight, Group, Way, add_rows_, group_cast, group_reduce
+from seqloom.magi.kernels import Kernel, accumulate, determinism, merge_
 
 
 @dataclass(frozen=True)
 class Stage:
     """One exchange and the bands of local rows x received columns."""
 
-    way: Route
+    way: Way
     bands: tuple[Band, ...]
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """What one rank needs to attend: host bands (local rows x local columns), stages, the kernel; no group where nobody else is."""
+    """What one rank needs to attend: host bands (local rows x local columns), stages, the kernel; no group where nobody else is.
+
+    `deterministic`: all sums in one order, so that equal tensors give equal bits.
+    """
 
     rows: int
     host: tuple[Band, ...]
     stages: tuple[Stage, ...]
     kernel: Kernel
-    group: ProcessGroup | None
+    group: Group | None
     merged: bool = False
+    deterministic: bool = False
 
     def together(self) -> tuple[Band, ...]:
         """The bands of host and received keys in one buffer, the host's first."""
@@ -90,6 +93,11 @@ class _Attend(torch.autograd.Function):
 
 def forward(query: Tensor, key: Tensor, value: Tensor, runtime: Runtime, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp, both in the precision of sums, without sink; autograd knows nothing of it."""
+    with determinism(runtime.deterministic):
+        return _forward(query, key, value, runtime, scale, softcap)
+
+
+def _forward(query: Tensor, key: Tensor, value: Tensor, runtime: Runtime, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
     run = runtime.kernel.forward
     pairs = torch.stack((key, value), 1)
     flights = _Ahead(pairs, runtime)
@@ -121,6 +129,13 @@ def backward(
     def run(keys: Tensor, values: Tensor, bands: Sequence[Band]) -> tuple[Tensor, Tensor, Tensor]:
         return runtime.kernel.backward(grad, query, keys, values, output, lse, delta, bands, scale, softcap)
 
+    with determinism(runtime.deterministic):
+        return _backward(query, key, value, runtime, run)
+
+
+def _backward(
+    query: Tensor, key: Tensor, value: Tensor, runtime: Runtime, run: Callable[..., tuple[Tensor, Tensor, Tensor]]
+) -> tuple[Tensor, Tensor, Tensor]:
     pairs = torch.stack((key, value), 1)
     flights = _Ahead(pairs, runtime)
     if runtime.merged:
@@ -141,6 +156,8 @@ def backward(
             d_stage, *d_remote = run(received[:, 0], received[:, 1], stage.bands)
             d_query += d_stage
             d_received = torch.stack(d_remote, 1)
+        for flight in returning:
+            flight.onward()
         returning.append(group_reduce(d_received, stage.way, runtime.group))
     _return(d_own, returning, runtime)
     return d_query, *d_own.unbind(1)

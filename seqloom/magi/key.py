@@ -19,11 +19,12 @@ from torch.distributed import DeviceMesh, ProcessGroup
 
 from seqloom.errors import UserError
 from seqloom.magi.attention import Runtime, Stage
-from seqloom.magi.choose import choose_kernel
+from seqloom.magi.choose import choose_kernel, in_many_pieces
 from seqloom.magi.dispatch import Dispatch, plan_dispatch
-from seqloom.magi.exchange import plan_exchange
-from seqloom.magi.groupcast import route
+from seqloom.magi.exchange import Exchange, plan_exchange
+from seqloom.magi.groupcast import Hops, NodeGroups, route
 from seqloom.magi.mask import AttnMask
+from seqloom.magi.nodes import node_stages
 
 KEPT = 64  # runtimes and plans remembered: a few batches ahead, several masks each
 
@@ -33,7 +34,7 @@ Degree = int | Literal["auto"]
 @dataclass(frozen=True)
 class DistAttnRuntimeKey:
     """A mask over the ranks of a group: `group` None is this process alone. Heads and `head_dim` are those of the tensors to come, None
-    where they were not told.
+    where they were not told. With `nodes` rows travel in two hops.
     """
 
     mask: AttnMask
@@ -44,6 +45,8 @@ class DistAttnRuntimeKey:
     group: ProcessGroup | None
     degree: Degree
     kernel: str | None
+    deterministic: bool = False
+    nodes: NodeGroups | None = None
 
     @property
     def total_seqlen(self) -> int:
@@ -62,18 +65,39 @@ class DistAttnRuntimeKey:
 
 
 def group_of(cp_group_or_mesh: ProcessGroup | DeviceMesh | None) -> ProcessGroup | None:
-    """The process group of a group or mesh (all its dimensions together); None where it has one rank.
+    """The process group of a group or mesh (both its dimensions together); None where it has one rank.
 
-    Raises `UserError` for a group that this process is not in.
+    Raises `UserError` for a group that this process is not in, and for a mesh that `nodes_of` refuses.
     """
     group = cp_group_or_mesh
     if isinstance(group, DeviceMesh):
+        _check_mesh(group)
         group = group._flatten().get_group() if group.ndim > 1 else group.get_group()
     if group is None:
         return None
     if dist.get_rank(group) < 0:
         raise UserError("the context parallel group does not hold this process: pass the group that this rank is a member of")
     return group if group.size() > 1 else None
+
+
+def nodes_of(cp_group_or_mesh: ProcessGroup | DeviceMesh | None) -> NodeGroups | None:
+    """The groups across and within nodes of a mesh (nodes x ranks of a node); None where there is one node, or nodes of one rank.
+
+    Raises `UserError` for a mesh of more dimensions, and for one whose ranks are not numbered node by node.
+    """
+    mesh = cp_group_or_mesh
+    if not isinstance(mesh, DeviceMesh) or mesh.ndim == 1:
+        return None
+    _check_mesh(mesh)
+    return None if 1 in mesh.shape else NodeGroups(mesh.get_group(0), mesh.get_group(1))
+
+
+def _check_mesh(mesh: DeviceMesh) -> None:
+    ranks = mesh.mesh.flatten().tolist()
+    if mesh.ndim > 2:
+        raise UserError(f"a context parallel mesh has one dimension, or two (nodes x ranks of a node), not {mesh.ndim}: slice it")
+    if ranks != sorted(ranks):
+        raise UserError(f"the context parallel mesh has ranks in the order {ranks}: number them node by node, in rising order")
 
 
 def make_key(
@@ -90,6 +114,8 @@ def make_key(
     kernel: str | None = None,
     dispatch: Dispatch | None = None,
     current: bool = True,
+    deterministic: bool = False,
+    nodes: NodeGroups | None = None,
 ) -> DistAttnRuntimeKey:
     """The key of a mask on a group; with `dispatch` the rows lie as an earlier key laid them. Without `current` it waits for `use_key`.
 
@@ -112,7 +138,7 @@ def make_key(
             f"the dispatch is of {dispatch.total_seqlen} rows over {dispatch.num_ranks} ranks, the new mask of {mask.total_seqlen_q} over "
             f"{ranks}: use a mask of the same length on the same group"
         )
-    key = DistAttnRuntimeKey(mask, dispatch, num_heads_q, num_heads_kv, head_dim, group, degree, kernel)
+    key = DistAttnRuntimeKey(mask, dispatch, num_heads_q, num_heads_kv, head_dim, group, degree, kernel, deterministic, nodes)
     if current:
         use_key(key)
     return key
@@ -164,9 +190,25 @@ def runtime_of(key: DistAttnRuntimeKey, device: torch.device, dtype: torch.dtype
     """This rank's part of a key on a device: index tensors, bands, kernel."""
     exchange = plan_exchange(key.mask, key.dispatch, degree=max(key.degree, 1) if key.degree != "auto" else "auto")
     plan = exchange.ranks[key.rank]
-    stages = () if key.group is None else tuple(Stage(route(s.send, s.receive_splits, device), tuple(s.bands)) for s in plan.stages)
-    kernel = choose_kernel(key.kernel, device, dtype, head_dim, softcap)
-    return Runtime(plan.rows, tuple(plan.host), stages, kernel, key.group, merged=key.degree == 0)
+    stages = _stages(key, exchange, device)
+    bands = [band for bands in (plan.host, *(stage.bands for stage in stages)) for band in bands]
+    many = device.type == "cuda" and in_many_pieces(bands)
+    kernel = choose_kernel(key.kernel, device, dtype, head_dim, softcap, key.deterministic, many)
+    return Runtime(plan.rows, tuple(plan.host), stages, kernel, key.nodes or key.group, key.degree == 0, key.deterministic)
+
+
+def _stages(key: DistAttnRuntimeKey, exchange: Exchange, device: torch.device) -> tuple[Stage, ...]:
+    """The rank's stages; with `nodes` in two hops."""
+    if key.group is None:
+        return ()
+    if key.nodes is None:
+        return tuple(Stage(route(stage.send, stage.receive_splits, device), stage.bands) for stage in exchange.ranks[key.rank].stages)
+    rows = exchange.dispatch.rows(key.rank)
+    stages = []
+    for stage in node_stages(exchange, key.rank, key.nodes.within.size()):
+        across, within = (route(hop.send, hop.receive_splits, device) for hop in (stage.across, stage.within))
+        stages.append(Stage(Hops(rows, across, within), stage.bands))
+    return tuple(stages)
 
 
 @functools.lru_cache(maxsize=KEPT)
