@@ -24,6 +24,7 @@ from seqloom.magi.attention import attend
 from seqloom.magi.key import DistAttnRuntimeKey, global_rows, group_of, make_key, most_recent_key, nodes_of, runtime_of
 from seqloom.magi.mask import AttnMask
 from seqloom.magi.masks import infer_attn_mask_from_cu_seqlens, infer_attn_mask_from_sliding_window, infer_varlen_mask_from_batch
+from seqloom.magi.operator import magi_attention
 
 __all__ = [
     "AttnMask",
@@ -37,6 +38,7 @@ __all__ = [
     "infer_attn_mask_from_cu_seqlens",
     "infer_attn_mask_from_sliding_window",
     "infer_varlen_mask_from_batch",
+    "magi_attention",
     "magi_attn_flex_dispatch",
     "magi_attn_flex_key",
     "magi_attn_varlen_dispatch",

@@ -82,11 +82,15 @@ def token_losses(model: PreTrainedModel, dataset_path: Path, rows: list[int]) ->
     import numpy as np
     import torch
 
+    from seqloom.data.documents import restarting_positions
     from seqloom.data.loader import open_dataset
 
-    input_ids, labels = (torch.from_numpy(array.astype(np.int64)) for array in open_dataset(dataset_path).read(np.array(rows)))
+    dataset = open_dataset(dataset_path)
+    input_ids, labels = (torch.from_numpy(array.astype(np.int64)) for array in dataset.read(np.array(rows)))
+    # Positions that start anew tell transformers where a document ends, as long as it keeps no cache.
+    position_ids = torch.from_numpy(restarting_positions(dataset.read_cu_seqlens(np.array(rows)))).view_as(input_ids)
     with torch.no_grad():
-        log_probabilities = model(input_ids=input_ids).logits.float().log_softmax(-1)
+        log_probabilities = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits.float().log_softmax(-1)
     counts = labels >= 0
     found = -log_probabilities.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
     return found.masked_fill(~counts, float("nan"))

@@ -35,7 +35,10 @@ def data_folder(folder, length=64):
 
 def test_compile_flags_are_the_fields_of_the_request():
     mine = {field.name: field for field in dataclasses.fields(CompileConfig)}
+    of_the_data = {"documents"}
     for field in dataclasses.fields(CompileRequest):
+        if field.name in of_the_data:
+            continue
         assert field.name in mine
         if field.name not in ("model_id", "seq_len", "grad_accumulation_steps"):
             assert mine[field.name].default == field.default, field.name

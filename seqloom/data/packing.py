@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 IGNORED = -100
 TOKENS = "tokens"
 COLUMNS = ("input_ids", "labels")
-DEFAULT_PACK: Pack = "stream"
+DEFAULT_PACK: Pack = "documents"
 BATCH_BYTES = 4 * 2**20  # of text tokenized at once
 BLOCK_TOKENS = 2**22  # written at once: 16 MiB a column
 MAX_BATCH = 10_000

@@ -102,10 +102,8 @@ def _tables(plan: Plan, tied: Mapping[str, str]) -> str:
     attention = attention_axes(plan)
     if attention is not None:
         batch, sequence = attention
-        rows.append(
-            f"CONTEXT = {(batch, sequence)!r}  # axes that split attention's batch, and its sequence: documents are laid out for them"
-        )
-        rows.append(f"DOCUMENTS = {plan.documents!r}  # lengths of those of a typical row")
+        rows.append(f"CONTEXT = {(batch, sequence)!r}  # axes that split the batch of attention, and its sequence")
+        rows.append(f"DOCUMENTS = {plan.documents!r}  # their lengths in a typical row")
     return "\n".join(rows)
 
 

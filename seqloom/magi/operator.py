@@ -49,8 +49,8 @@ def _comm(sizes: Mapping[str, Any]) -> int:
 
 
 def _workspace(sizes: Mapping[str, Any]) -> int:
-    """Bytes of temporaries of the backward pass: keys and values side by side and those received, in 2 bytes; gradients of all of them in
-    4, of the queries twice (sum and part); and where heads share keys, the largest call's keys, values and their gradients once for each head.
+    """Bytes of temporaries of the backward pass: keys and values side by side and those received, in 2 bytes; the gradients of all of
+    them in 4, of the queries twice (sum and part); and where heads share keys, keys, values and gradients of the largest call once a head.
     """
     rows, heads, key_heads, received = sizes["b"] * sizes["l"], sizes["k"] * sizes["g"], sizes["k"], _received(sizes)
     pairs = 2 * (rows + received) * key_heads * sizes["e"]
