@@ -6,10 +6,10 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from magi_dense import DIM, HEADS, KV_HEADS, attended, dense, difference, tensors
 from procs import run_ranks
 from torch import Tensor
 
@@ -18,12 +18,10 @@ from seqloom.errors import UserError
 from seqloom.magi import masks
 from seqloom.magi.mask import AttnMask
 
-HEADS, KV_HEADS, DIM = 4, 2, 8
 CU = (0, 40, 41, 90, 200)
 MASKS: Mapping[str, AttnMask] = {
     "full": AttnMask(((0, 128),), ((0, 128),), (0,), 128),
     "causal": AttnMask(((0, 128),), ((0, 128),), (1,), 128),
-    "causal, 997 rows": AttnMask(((0, 997),), ((0, 997),), (1,), 997),
     "packed causal": masks.packed(CU),
     "packed full": masks.packed(CU, causal=False),
     "window": masks.sliding_window(CU, 9),
@@ -36,90 +34,85 @@ MASKS: Mapping[str, AttnMask] = {
     "uncovered rows": AttnMask(((10, 30), (50, 60)), ((0, 25), (64, 96)), (1, 2), 96),
     "a band": AttnMask(((5, 60),), ((20, 90),), (3,), 101),
 }
-DEGREES = (0, 1, 3, "auto")
+# Totals that divide by nothing, over chunks that end where no document does.
+CU_997 = (0, 100, 101, 463, 997)
+LONG: Mapping[str, AttnMask] = {
+    "causal 997": AttnMask(((0, 997),), ((0, 997),), (1,), 997),
+    "shared question 997": masks.shared_question(CU_997),
+    "prefix 997": masks.prefix_lm(CU_997, (40, 1, 200, 300)),
+    "block causal 997": masks.block_causal(CU_997, 50),
+    "uncovered rows 997": AttnMask(((13, 300), (501, 900)), ((0, 400), (600, 997)), (1, 2), 997),
+    "window 997": masks.sliding_window(CU_997, 64, sinks=2),
+}
+ALL = {**MASKS, **LONG}
+DEGREES = (0, 1, 2, "auto")
+Case = tuple[str, bool, float, magi.DistAttnConfig, int | None]  # mask, sinks, soft cap, options, chunk size
 
-
-def tensors(rows: int, seed: int = 0) -> list[Tensor]:
-    """q, k, v, gradient of the output `[rows, heads, dim]` and sinks `[2, heads]`."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = [(rows, HEADS, DIM), (rows, KV_HEADS, DIM), (rows, KV_HEADS, DIM), (rows, HEADS, DIM), (2, HEADS)]
-    return [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes]
-
-
-def dense(mask: AttnMask, sinks: bool, softcap: float) -> dict[str, Tensor]:
-    """What attention gives when every cell is written out."""
-    q, k, v, grad, sink = tensors(mask.total_seqlen_q)
-    q, k, v, sink = (x.requires_grad_() for x in (q, k, v, sink))
-    groups = HEADS // KV_HEADS
-    scores = torch.einsum("rhd,chd->hrc", q, k.repeat_interleave(groups, 1)) * DIM**-0.5
-    scores = softcap * torch.tanh(scores / softcap) if softcap else scores
-    allowed = torch.from_numpy(np.array(mask.dense()))
-    scores = scores.masked_fill(~allowed, float("-inf"))
-    if sinks:
-        scores = torch.cat([scores, sink.t()[:, None].expand(-1, len(q), -1)], -1)
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None]).exp()[..., : len(k)]
-    out = torch.einsum("hrc,chd->rhd", weights, v.repeat_interleave(groups, 1))
-    out.backward(grad)
-    found = {"out": out.detach(), "lse": lse.detach().t(), "dq": q.grad, "dk": k.grad, "dv": v.grad}
-    return {**found, "dsink": sink.grad} if sinks else found
-
-
-def attended(mask: AttnMask, group: Any, sinks: bool, softcap: float, config: magi.DistAttnConfig, chunk: int | None) -> dict[str, Tensor]:
-    """The same by dispatched rows; what is local is gathered, the sinks' gradients are summed."""
-    ranges = (mask.q_ranges, mask.k_ranges, mask.attn_types, mask.total_seqlen_q, mask.total_seqlen_k)
-    key = magi.magi_attn_flex_key(*ranges, HEADS, KV_HEADS, DIM, chunk_size=chunk, cp_group_or_mesh=group, dist_attn_config=config)
-    q, k, v, grad, sink = tensors(mask.total_seqlen_q)
-    local = [magi.dispatch(x, key).requires_grad_() for x in (q, k, v)]
-    sink = sink.requires_grad_() if sinks else None
-    # A gap between rows: nothing may take them to be contiguous.
-    out, meta = magi.calc_attn(*(torch.stack((x, x), -1)[..., 0] for x in local), key, sink=sink, softcap=softcap)
-    out.backward(magi.dispatch(grad, key))
-    found = {"out": out.detach(), "lse": meta.lse, "dq": local[0].grad, "dk": local[1].grad, "dv": local[2].grad}
-    found = {name: magi.undispatch(x, key) for name, x in found.items()}
-    if sinks:
-        dist.all_reduce(sink.grad, group=group) if group is not None else None
-        found["dsink"] = sink.grad
-    return found
-
-
-CASES = [
+CASES: list[Case] = [
     *((name, False, 0.0, magi.DistAttnConfig(degree=degree, uneven=index % 2 == 1), None) for index, (name, degree) in enumerate(
         itertools.product(MASKS, DEGREES))),
+    *((name, name.startswith("uncovered"), 0.0, magi.DistAttnConfig(degree=degree, uneven=degree == 2), None)
+        for name, degree in itertools.product(LONG, DEGREES)),
     *((name, True, 0.0, magi.DistAttnConfig(), 8) for name in ("causal", "window", "uncovered rows")),
-    ("packed causal", True, 3.0, magi.DistAttnConfig(degree=2), 16),
+    ("packed causal", True, 3.0, magi.DistAttnConfig(degree=3), 16),
     ("causal", False, 2.0, magi.DistAttnConfig(algorithm="area"), 8),
     ("packed causal", False, 0.0, magi.DistAttnConfig(kernel="reference"), 16),
     ("global window", False, 0.0, magi.DistAttnConfig(kernel="reference", degree=0), 16),
 ]  # fmt: skip
+Found = dict[str, Tensor]
 
 
-def run_cases(rank: int, world_size: int) -> dict[int, dict[str, float]]:
+@pytest.fixture(scope="module")
+def wanted() -> dict[tuple[str, bool, float], Found]:
+    return {case: dense(ALL[case[0]], *case[1:]) for case in {case[:3] for case in CASES}}
+
+
+def run_cases(rank: int, world_size: int, wanted: dict[tuple[str, bool, float], Found]) -> dict[int, dict[str, float]]:
     """The largest difference of every tensor of every case."""
     group = dist.group.WORLD if world_size > 1 else None
     found = {}
-    for index, (name, sinks, softcap, config, chunk) in enumerate(CASES):
-        wanted = dense(MASKS[name], sinks, softcap) if rank == 0 else {}
-        got = attended(MASKS[name], group, sinks, softcap, config, chunk)
-        found[index] = {part: difference(got[part], x) for part, x in wanted.items()}
+    for index, (name, *options) in enumerate(CASES):
+        got = attended(ALL[name], group, *options)
+        found[index] = {part: difference(got[part], x) for part, x in wanted[CASES[index][:3]].items()}
     return found
 
 
-def difference(got: Tensor, wanted: Tensor) -> float:
-    """The largest absolute difference; infinities must agree."""
-    same = got == wanted
-    return float(torch.where(same, 0.0, (got - wanted).abs()).max())
-
-
-@pytest.fixture(scope="module", params=[1, 2, 4, 8])
-def differences(request: pytest.FixtureRequest) -> dict[int, dict[str, float]]:
-    return run_ranks(run_cases, request.param, timeout=280)[0]
-
-
-def test_every_mask_gives_what_dense_attention_gives(differences: dict[int, dict[str, float]]) -> None:
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_every_mask_gives_what_dense_attention_gives(wanted: dict[tuple[str, bool, float], Found], ranks: int) -> None:
+    differences = run_ranks(run_cases, ranks, wanted, timeout=280)[0]
     bad = {(CASES[index], part): off for index, parts in differences.items() for part, off in parts.items() if not off < 1e-10}
     assert not bad
-    assert all(len(parts) >= 5 for parts in differences.values())
+    assert len(differences) == len(CASES) and all(len(parts) >= 5 for parts in differences.values())
+
+
+# --- a long total ----------------------------------------------------------------------------------------------------------------
+
+LENGTH, ONE_HEAD = 11_021, (1, 1, 4)
+CU_LONG = (0, 2_003, 2_004, 5_419, 8_363, LENGTH)
+LONGEST: Mapping[str, tuple[AttnMask, bool, int]] = {  # mask, sinks, degree
+    "causal": (AttnMask(((0, LENGTH),), ((0, LENGTH),), (1,), LENGTH), False, 1),
+    "packed causal": (masks.packed(CU_LONG), True, 2),
+}
+
+
+def run_long(rank: int, world_size: int, wanted: dict[str, Found]) -> dict[str, dict[str, float]]:
+    group = dist.group.WORLD if world_size > 1 else None
+    found = {}
+    for name, (mask, sinks, degree) in LONGEST.items():
+        got = attended(mask, group, sinks, config=magi.DistAttnConfig(degree=degree), shape=ONE_HEAD)
+        found[name] = {part: difference(got[part], x) for part, x in wanted[name].items()}
+    return found
+
+
+@pytest.fixture(scope="module")
+def wanted_long() -> dict[str, Found]:
+    return {name: dense(mask, sinks, shape=ONE_HEAD) for name, (mask, sinks, _) in LONGEST.items()}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_a_total_of_11021_rows(wanted_long: dict[str, Found], ranks: int) -> None:
+    for found in run_ranks(run_long, ranks, wanted_long, timeout=280):
+        assert max(off for parts in found.values() for off in parts.values()) < 1e-10
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------------------
