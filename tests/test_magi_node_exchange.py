@@ -155,14 +155,14 @@ def run_twice(rank: int, world_size: int, over_nodes: bool) -> dict[str, list[st
             assert not torch.are_deterministic_algorithms_enabled()
             assert not watched.loose
             names |= watched.names
-        with Watched() as watched:
-            magi.calc_attn(*local, key_of(MASKS[name], group, magi.DistAttnConfig(degree=degree), 8))[0].sum().backward()
-        assert "index_add_" in watched.loose  # not asked for, nothing is set
         assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
         torch.use_deterministic_algorithms(True)  # PyTorch refuses what it cannot run in one order
         got = attended(MASKS[name], group, True, config=magi.DistAttnConfig(degree=degree, kernel=kernel), chunk=8, dtype=torch.float32)
         torch.use_deterministic_algorithms(False)
         assert torch.equal(got["out"], magi.undispatch(runs[0][0], key)) and torch.equal(got["dk"], magi.undispatch(runs[0][4], key))
+        with Watched() as watched:
+            magi.calc_attn(*local, key_of(MASKS[name], group, magi.DistAttnConfig(degree=degree), 8))[0].sum().backward()
+        assert "index_add_" in watched.loose  # not asked for, nothing is set
     return {"names": sorted(names)}
 
 
