@@ -98,7 +98,8 @@ def magi_attn_flex_key(
 ) -> DistAttnRuntimeKey:
     """The key of a mask of slices; one `attn_mask_type` counts for all of them. `AttnMask` says what is refused.
 
-    `pad_size` is ignored: `dispatch` pads as the chunks ask.
+    `pad_size` is ignored: `dispatch` pads as the chunks ask. With a mesh of two dimensions, nodes x ranks of a node, a row that several
+    ranks of a node need crosses to the node once. Raises `UserError` for a mesh of another shape.
     """
     mask = _flex_mask(q_ranges, k_ranges, attn_mask_type, total_seqlen_q, total_seqlen_k)
     return _key(mask, num_heads_q, num_heads_kv, head_dim, chunk_size, cp_group_or_mesh, dist_attn_config)
