@@ -24,9 +24,10 @@ def dense_forward(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float
     return torch.einsum("hrc,chd->rhd", weights, repeated(v, q)), lse.t()
 
 
-def dense_scores(q: Tensor, k: Tensor, allowed: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+def dense_scores(q: Tensor, k: Tensor, allowed: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor | float]:
+    """Scores `[heads, rows, columns]`, -inf where not allowed, and the derivative of the soft cap."""
     scores = torch.einsum("rhd,chd->hrc", q, repeated(k, q)) * scale
-    slope = torch.ones_like(scores)
+    slope: Tensor | float = 1.0
     if softcap:
         slope = 1 - torch.tanh(scores / softcap) ** 2
         scores = torch.tanh(scores / softcap) * softcap
