@@ -10,14 +10,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import FAMILIES
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from seqloom.capture import capture
 from seqloom.capture.documents import attend_inside_documents
 from seqloom.emit.pipeline import compile_program
 from seqloom.emit.request import CompileRequest
 from seqloom.errors import UserError
-from seqloom.magi.key import most_recent_key
-from seqloom.magi.share import even_chunk_size, share
+from seqloom.magi.key import make_key, most_recent_key, use_key
+from seqloom.magi.operator import magi_attention
+from seqloom.magi.share import documents_mask, even_chunk_size, share
+from seqloom.ops.check import check_op
 from seqloom.ops.flops import flops
 from seqloom.runtime.context import Layout, positions
 from seqloom.runtime.mesh import build_mesh
@@ -186,3 +189,36 @@ def test_a_program_without_documents_refuses_packed_rows(models, tmp_path):
         assert layout.prepare({"input_ids": ids, "cu_seqlens": torch.tensor([0, 64])}).key is None
         with pytest.raises(UserError, match="compile again for this data set"):
             layout.prepare({"input_ids": ids, "cu_seqlens": torch.tensor([0, 10, 64])})
+
+
+# --- the operator --------------------------------------------------------------------------------------------------------------------
+
+
+def test_its_annotation_is_true():
+    sizes = {"b": 2, "k": 2, "g": 2, "l": 24, "e": 8}
+    report = check_op("custom_ops.magi_attention:magi_attention", sizes=sizes, args={"scale": 0.3, "documents": (10, 3, 11)})
+    assert report.ok and {split.name for split in report.splits} >= {"b", "k"}
+
+
+def test_a_compiled_block_around_it_does_not_break():
+    """`fullgraph` raises at a graph break; the next micro-batch has another mask and compiles nothing anew."""
+
+    def block(query, key, value):
+        return (magi_attention(query * 2, key, value, scale=0.3) * 2).sum()
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled_block = torch.compile(block, fullgraph=True, backend=counter)
+    query, key, value = (torch.randn(2, heads, 16, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+    for borders in ([0, 5, 16, 32], [0, 16, 30, 32]):
+        use_key(make_key(documents_mask(borders), None, None, None, None, current=False))
+        found = torch.autograd.grad(compiled_block(query, key, value), (query, key, value))
+        wanted = torch.autograd.grad(block(query, key, value), (query, key, value))
+        assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(found, wanted, strict=True))
+    assert counter.frame_count == 1
+
+
+def test_rows_of_another_number_than_the_keys_are_refused():
+    use_key(make_key(documents_mask([0, 5, 16]), None, None, None, None, current=False))
+    with pytest.raises(UserError, match="32 rows where the key made last gives this rank 16"):
+        magi_attention(*(torch.randn(2, 2, 16, 8) for _ in range(3)), scale=0.3)

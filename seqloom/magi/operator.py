@@ -4,7 +4,7 @@ Role in the pipeline: where documents are packed, or where the sequence is split
 place of plain attention. Its annotation freezes the sequence; `context_parallel="l"` says that the operator splits it itself, over
 `group`. In: this rank's pieces of query, key and value. Who attends whom is no tensor: it is the key made last for the group
 (`seqloom.magi.key.use_key`), which the trainer sets before each micro-batch. `documents`, lengths of the documents of a typical row, is
-what the planner counts with; nothing here reads it at run time.
+what the planner counts with; a program does not pass it, and where one process alone does, it is the mask.
 
 `torch.compile` sees one operator of PyTorch's library forward and one backward, so a compiled block around it does not break.
 """
@@ -12,6 +12,7 @@ what the planner counts with; nothing here reads it at run time.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -22,9 +23,9 @@ from torch.distributed import ProcessGroup
 from seqloom.errors import UserError
 from seqloom.magi import attention as engine
 from seqloom.magi.attention import Runtime
-from seqloom.magi.kernels import accumulate
-from seqloom.magi.key import most_recent_key, runtime_of
-from seqloom.magi.share import share
+from seqloom.magi.kernels import accumulate as precision
+from seqloom.magi.key import DistAttnRuntimeKey, make_key, most_recent_key, runtime_of
+from seqloom.magi.share import documents_mask, share
 from seqloom.ops.registry import register_op
 
 ALONE = ""  # the name of no group: this process alone
@@ -49,11 +50,12 @@ def _comm(sizes: Mapping[str, Any]) -> int:
 
 
 def _workspace(sizes: Mapping[str, Any]) -> int:
-    """Bytes of temporaries of the backward pass: keys and values side by side and those received, in 2 bytes; the gradients of all of
-    them in 4, of the queries twice (sum and part); and where heads share keys, keys, values and gradients of the largest call once a head.
+    """Bytes of temporaries of the backward pass: keys and values side by side, received, and sent (as many), in 2 bytes; the gradients of
+    all of them in 4, of the queries twice (sum and part); and where heads share keys, keys, values and gradients of the largest call once
+    for each head.
     """
     rows, heads, key_heads, received = sizes["b"] * sizes["l"], sizes["k"] * sizes["g"], sizes["k"], _received(sizes)
-    pairs = 2 * (rows + received) * key_heads * sizes["e"]
+    pairs = 2 * (rows + 2 * received) * key_heads * sizes["e"]
     repeated = 8 * max(rows, received) * heads * sizes["e"] if heads > key_heads else 0
     return 6 * pairs + 8 * rows * heads * sizes["e"] + repeated
 
@@ -78,7 +80,8 @@ def magi_attention(
     """Attention of this rank's queries to the sequence of all ranks of `group`, by the mask of the key made last for it.
 
     query `[b, k * g, l, e]`, key and value `[b, k, l, e]` -> `[b, k * g, l, e]`; the rows of the batch follow each other as documents of
-    one sequence. Raises `UserError` where no key was made, and for rows of another number than the key's.
+    one sequence. Without a group `documents` may give the lengths of those of every row in place of a key. Raises `UserError` where no key
+    was made, and for rows of another number than the key's.
     """
     batch, length = query.shape[0], query.shape[2]
     rows = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]  # [b * l, heads, e]
@@ -86,17 +89,28 @@ def magi_attention(
         name = ALONE if group is None else group.group_name
         output, _ = torch.ops.seqloom.magi_forward(*rows, name, scale, softcap or 0.0)
     else:
-        output, _ = engine.attend(*rows, None, _runtime(group, rows[0], softcap), scale, softcap or 0.0)
+        runtime = _within(documents, batch, rows[0], softcap) if documents and group is None else _runtime(group, rows[0], softcap)
+        output, _ = engine.attend(*rows, None, runtime, scale, softcap or 0.0)
     return output.unflatten(0, (batch, length)).transpose(1, 2)
 
 
-def _runtime(group: ProcessGroup | None, query: Tensor, softcap: float | None) -> Runtime:
-    key = most_recent_key(group if group is not None and group.size() > 1 else None)
+def _within(documents: tuple[int, ...], batch: int, query: Tensor, softcap: float | None) -> Runtime:
+    borders = accumulate(documents * batch, initial=0)
+    key = make_key(documents_mask(list(borders)), None, None, None, None, current=False)
+    return _runtime_of(key, query, softcap)
+
+
+def _runtime_of(key: DistAttnRuntimeKey, query: Tensor, softcap: float | None) -> Runtime:
     if len(query) != key.local_rows:
         raise UserError(
             f"attention got {len(query)} rows where the key made last gives this rank {key.local_rows}: make a key for these rows first"
         )
     return runtime_of(key, query.device, query.dtype, query.shape[2], bool(softcap))
+
+
+def _runtime(group: ProcessGroup | None, query: Tensor, softcap: float | None) -> Runtime:
+    key = most_recent_key(group if group is not None and group.size() > 1 else None)
+    return _runtime_of(key, query, softcap)
 
 
 # --- what torch.compile sees -----------------------------------------------------------------------------------------------------
@@ -115,7 +129,7 @@ def _magi_forward(query: Tensor, key: Tensor, value: Tensor, group: str, scale: 
 
 @_magi_forward.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, group: str, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
-    return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=accumulate(query.dtype))
+    return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=precision(query.dtype))
 
 
 @torch.library.custom_op("seqloom::magi_backward", mutates_args=())

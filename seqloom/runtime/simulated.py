@@ -85,9 +85,14 @@ class SimulatedGroup(dist.ProcessGroup):
     def all_to_all_single(
         self, output: Tensor, pieces: Tensor, output_sizes: Any = None, input_sizes: Any = None, opts: Any = None
     ) -> Work:
-        """`output` becomes `pieces`: from each rank what this one would have sent it."""
+        """`output` becomes `pieces`: from each rank what this one would have sent it, over and over where more comes than goes."""
         with torch.no_grad():
-            output.detach().view(-1).copy_(pieces.detach().reshape(-1))
+            target, source = output.detach().view(-1), pieces.detach().reshape(-1)
+            if target.numel() and not source.numel():
+                target.normal_()
+            for start in range(0, target.numel(), source.numel()) if source.numel() else ():
+                part = target[start : start + source.numel()]
+                part.copy_(source[: part.numel()])
         return _done()
 
     def all_gather_single_coalesced(self, outputs: list[Tensor], pieces: list[Tensor], opts: Any = None) -> Work:
