@@ -22,6 +22,7 @@ from seqloom.magi.operator import magi_attention
 from seqloom.magi.share import documents_mask, even_chunk_size, share
 from seqloom.ops.check import check_op
 from seqloom.ops.flops import flops
+from seqloom.runtime import dryrun, rehearse
 from seqloom.runtime.context import Layout, positions
 from seqloom.runtime.mesh import build_mesh
 from seqloom.runtime.program import load_program
@@ -96,6 +97,7 @@ def test_attention_is_split_as_asked(models, tmp_path, attention, by_sequence):
     folder = compiled(models, tmp_path, documents=PACKED, attention=attention, force="sp2")
     (line,) = [line for line in (folder / "program.py").read_text().splitlines() if "magi_attention(" in line]
     assert ("group=self.sp)" in line) == by_sequence
+    assert "documents=" not in line, "the mask is that of each micro-batch's key"
     assert json.loads((folder / "plan.json").read_text())["documents"] == list(PACKED)
 
 
@@ -222,3 +224,32 @@ def test_rows_of_another_number_than_the_keys_are_refused():
     use_key(make_key(documents_mask([0, 5, 16]), None, None, None, None, current=False))
     with pytest.raises(UserError, match="32 rows where the key made last gives this rank 16"):
         magi_attention(*(torch.randn(2, 2, 16, 8) for _ in range(3)), scale=0.3)
+
+
+# --- at full size and on one device --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_rank_is_rehearsed_and_run_dry(models, tmp_path, rank):
+    """With the typical row's documents; operations are those predicted, of the rank that has most to do."""
+    folder = compiled(models, tmp_path, ranks=4, documents=PACKED, force="cp4", attention="magi", zero=3)
+    dry = dryrun.dry_run(folder, rank)
+    plan = json.loads((folder / "plan.json").read_text())
+    assert sum(dry.flops.values()) <= 1.1 * sum(plan["flops_per_rank"].values())
+    assert dry.sent["all_to_all"] > 0
+    found = rehearse.rehearse(folder, rank, torch.device("cpu"), 2)
+    assert np.isfinite(found.loss) and found.peak_bytes > 0
+
+
+def test_8b_at_128k_is_planned_with_the_sequence_split(tmp_path):
+    """By heads or by the sequence within a few hundredths of each other, and what is predicted is what the dry run has."""
+    steps = {}
+    for attention, documents in (("heads", (131072,)), ("magi", (131072,)), ("auto", (131072,))):
+        asked = CompileRequest("llama3_8b", 131072, 8, 8, attention, attention=attention, documents=documents, output_folder=tmp_path)
+        steps[attention] = json.loads((compile_program(asked).folder / "plan.json").read_text())["step_time_s"]
+    assert steps["auto"] <= min(steps["heads"], steps["magi"]) * 1.0005
+    assert steps["magi"] < 1.05 * steps["heads"]
+    packed = CompileRequest("llama3_8b", 131072, 8, 8, "packed", documents=(16384,) * 8, output_folder=tmp_path)
+    plan = json.loads((compile_program(packed).folder / "plan.json").read_text())
+    assert plan["step_time_s"] < 0.55 * steps["auto"], "an eighth of the cells"
+    assert "group=self.sp)" in (tmp_path / "packed" / "program.py").read_text(), "documents that fill a rank each stay at home"

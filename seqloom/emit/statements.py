@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from seqloom.emit.expressions import Context, Expression, Source, spell
 from seqloom.graph import Graph, Node
+from seqloom.ops.rules import context_of
 from seqloom.plan.context import context_axes
 from seqloom.plan.placement import Layout, Move, local_shape
 from seqloom.plan.plan import Plan, PlannedCluster, PlannedRegion, Reshard
@@ -236,7 +237,7 @@ def _told_its_start(scope: Scope, planned: PlannedCluster, node: Node) -> Node:
 
 def _given_its_group(scope: Scope, planned: PlannedCluster, node: Node) -> Node:
     """The node with the group over which its function splits the sequence itself, and without what only the planner reads."""
-    if not any(option.context for option in planned.cluster.classes):
+    if ":" not in node.op or context_of(node.op) is None:
         return node
     kwargs = [(name, value) for name, value in node.kwargs if name != "documents"]
     axes = tuple(scope.plan.axis_names[axis] for axis in context_axes(planned.cluster, planned.strategy.splits))

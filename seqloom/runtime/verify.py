@@ -118,7 +118,7 @@ def verify_decisions(
 
 
 def write_program(
-    config: PretrainedConfig, decisions: Decisions, folder: Path, *, batch: int, seq_len: int, loss: str, documents: tuple[int, ...]
+    config: PretrainedConfig, decisions: Decisions, folder: Path, *, batch: int, seq_len: int, loss: str, documents: Sequence[int] = ()
 ) -> None:
     """Emit the fp64 program of decisions for a config. Raises `UserError` where they do not fit it."""
     captured = capture(config, batch_size=batch, seq_len=seq_len, dtype=torch.float64, loss=loss, loss_chunk=16)
