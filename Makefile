@@ -24,7 +24,7 @@ demo: env
 	PATH="$(BIN):$$PATH" bash examples/demo.sh
 
 test: env
-	PATH="$(BIN):$$PATH" python -m pytest -n 2 --dist loadfile
+	PATH="$(BIN):$$PATH" python -m pytest -n 3 --dist loadfile
 
 lint: env
 	$(BIN)/ruff check .
