@@ -9,7 +9,7 @@ rm -rf "$out"/{programs,checkpoints,runs,merged.ckpt,merged_hf}
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=true
 run() { echo; echo "\$ $*"; "$@"; }
 
-run python bookcorpus.py --data_path_or_name stdlib --tokenizer_path_or_name train:4096 --save_path $out/stdlib_1K --sequence_length 1024
+run python bookcorpus.py --data_path_or_name stdlib --tokenizer_path_or_name train:4096 --save_path $out/stdlib_1K --sequence_length 1024 --overwrite
 
 run python create_mini_model.py --model_id llama3_8b --output_id $out/llama3_mini --dataset_path $out/stdlib_1K \
   --hidden_size 256 --intermediate_size 688 --num_attention_heads 8 --num_key_value_heads 4 --overwrite
