@@ -7,9 +7,11 @@ has died ends itself.
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
+import sys
 import tempfile
 import threading
 import time
@@ -17,6 +19,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -35,22 +38,21 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     of the first rank that failed, or when `timeout` seconds have passed.
     """
     with tempfile.TemporaryDirectory(prefix="seqloom-ranks-") as folder:
-        store = os.path.join(folder, "store")
         pipes, processes = [], []
         for rank in range(world_size):
             receiver, sender = _CONTEXT.Pipe(duplex=False)
-            process = _CONTEXT.Process(target=_child, args=(sender, fn, rank, world_size, store, timeout, args), daemon=True)
+            process = _CONTEXT.Process(target=_child, args=(sender, fn, rank, world_size, folder, timeout, args), daemon=True)
             process.start()
             sender.close()
             pipes.append(receiver)
             processes.append(process)
         try:
-            return _collect(pipes, time.monotonic() + timeout)
+            return _collect(pipes, processes, folder, time.monotonic() + timeout)
         finally:
             _end(processes)
 
 
-def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
+def _collect(pipes: list[Connection], processes: list[Any], folder: str, deadline: float) -> list[Any]:
     """Results by rank; stops at the first failure, so that ranks waiting for the failed one are not waited for."""
     results: dict[int, Any] = {}
     while len(results) < len(pipes):
@@ -63,11 +65,22 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
             try:
                 succeeded, value = pickle.loads(pipe.recv_bytes())
             except EOFError:
-                raise RankError(f"rank {rank} died without a word") from None
+                processes[rank].join(timeout=5)
+                raise RankError(f"rank {rank} died, exit code {processes[rank].exitcode}:\n{_errors(folder, rank)}") from None
             if not succeeded:
                 raise RankError(f"rank {rank}:\n{value}")
             results[rank] = value
     return [results[rank] for rank in range(len(pipes))]
+
+
+def _errors(folder: str, rank: int) -> str:
+    """The end of what a rank wrote to its standard error: what C++ says when it aborts, and the stack of a fatal signal."""
+    path = _error_file(folder, rank)
+    return Path(path).read_text(errors="replace")[-4000:] if os.path.exists(path) else ""
+
+
+def _error_file(folder: str, rank: int) -> str:
+    return os.path.join(folder, f"stderr-{rank}")
 
 
 def _end(processes: list[Any]) -> None:
@@ -79,15 +92,20 @@ def _end(processes: list[Any]) -> None:
 
 
 def _child(
-    sender: Connection, fn: Callable[..., Any], rank: int, world_size: int, store: str, timeout: float, args: tuple[Any, ...]
+    sender: Connection, fn: Callable[..., Any], rank: int, world_size: int, folder: str, timeout: float, args: tuple[Any, ...]
 ) -> None:
     """One rank: report (True, result) or (False, traceback) and leave without waiting for the others."""
+    with open(_error_file(folder, rank), "wb") as errors:
+        os.dup2(errors.fileno(), sys.stderr.fileno())
+    faulthandler.enable()
+
     import torch
     import torch.distributed as dist
 
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
+    store = os.path.join(folder, "store")
     try:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout))
         report = (True, fn(rank, world_size, *args))

@@ -1,6 +1,7 @@
 """The helper that spawns ranks: results in order, failures shown, nothing left behind."""
 
 import os
+import signal
 import time
 
 import procs
@@ -41,6 +42,11 @@ def _die(rank, world_size):
     os._exit(3)
 
 
+def _abort(rank, world_size):
+    os.write(2, b"the last words")
+    os.kill(os.getpid(), signal.SIGABRT)
+
+
 def test_results_come_by_rank():
     assert procs.run_ranks(_sum, 3, 10) == [(0, 3, 33.0), (1, 3, 33.0), (2, 3, 33.0)]
 
@@ -60,6 +66,8 @@ def test_time_limit_leaves_no_process(tmp_path):
             os.kill(int(file.read_text()), 0)
 
 
-def test_silent_death_is_reported():
-    with pytest.raises(procs.RankError, match="died"):
+def test_a_rank_that_dies_leaves_its_exit_code_and_its_last_words():
+    with pytest.raises(procs.RankError, match="rank 0 died, exit code 3"):
         procs.run_ranks(_die, 1)
+    with pytest.raises(procs.RankError, match=r"exit code -6:\nthe last words[\s\S]*Abort[\s\S]*in _abort"):
+        procs.run_ranks(_abort, 1)
