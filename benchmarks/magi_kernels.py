@@ -24,7 +24,7 @@ from torch import Tensor
 from seqloom.errors import UserError
 from seqloom.magi import masks
 from seqloom.magi.choose import KERNELS, choose_kernel
-from seqloom.magi.kernels import Kernel
+from seqloom.magi.kernels import Final, Kernel
 from seqloom.magi.mask import AttnMask
 
 RESULT = Path(__file__).resolve().parent / "results" / "magi_kernels.json"
@@ -127,7 +127,7 @@ def timed(kernel: Kernel, tensors: Sequence[Tensor], mask: AttnMask) -> tuple[fl
         kept = output.to(query.dtype)
         delta = (grad.to(lse.dtype) * kept.to(lse.dtype)).sum(-1)
         forward = least(lambda: kernel.forward(query, key, value, mask.bands, scale, 0.0), query.device)
-        backward = least(lambda: kernel.backward(grad, query, key, value, kept, lse, delta, mask.bands, scale, 0.0), query.device)
+        backward = least(lambda: kernel.backward(Final(grad, query, key, value, kept, lse, delta), mask.bands, scale, 0.0), query.device)
     except torch.OutOfMemoryError:
         return None
     return forward, backward

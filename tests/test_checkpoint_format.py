@@ -410,7 +410,7 @@ def _flip(path, bit):
     path.write_bytes(data)
 
 
-def _refused(folder, match="damaged"):
+def check_refused(folder, match="damaged"):
     tensors = _blank(_tensors(5))
     with pytest.raises(UserError, match=match):
         load_checkpoint(folder, tensors)
@@ -426,7 +426,7 @@ def test_flipped_bits_are_refused(tmp_path, name):
     edges = [bit for byte in (0, 1, 7, 8, len(good) - 1, len(good) - 2, len(good) - 70) for bit in range(byte * 8, byte * 8 + 8)]
     for bit in [*edges, *(generator.randrange(len(good) * 8) for _ in range(60))]:
         _flip(path, bit % (len(good) * 8))
-        _refused(folder, match=name.split("/")[-1])
+        check_refused(folder, match=name.split("/")[-1])
         path.write_bytes(good)
     load_checkpoint(folder, _blank(_tensors(5)))
 
@@ -438,9 +438,9 @@ def test_cut_grown_zeroed_and_missing_files_are_refused(tmp_path, name):
     good = path.read_bytes()
     for bad in (good[:-1], good[: len(good) // 2], b"", good + b"\0", good + good, b"\0" * len(good)):
         path.write_bytes(bad)
-        _refused(folder)
+        check_refused(folder)
     path.unlink()
-    _refused(folder, match=f"{name.split('/')[-1]}")
+    check_refused(folder, match=f"{name.split('/')[-1]}")
 
 
 def test_files_of_another_step_and_swapped_files_are_refused(tmp_path, monkeypatch):
@@ -449,10 +449,10 @@ def test_files_of_another_step_and_swapped_files_are_refused(tmp_path, monkeypat
     a, b = folder / "shard-00000.safetensors", folder / "shard-00000-1.safetensors"
     good = a.read_bytes()
     a.write_bytes((other / a.name).read_bytes())
-    _refused(folder)
+    check_refused(folder)
     a.write_bytes(b.read_bytes())
     b.write_bytes(good)
-    _refused(folder)
+    check_refused(folder)
 
 
 def test_without_verification_only_sizes_are_checked(tmp_path):
@@ -522,7 +522,7 @@ def test_crafted_manifests_are_refused(tmp_path, edit):
     _edit_manifest(folder, lambda document: None)
     load_checkpoint(folder, _blank(_tensors(5)))
     _edit_manifest(folder, edit)
-    _refused(folder)
+    check_refused(folder)
 
 
 def test_manifest_that_disagrees_with_the_shard_is_refused(tmp_path):

@@ -27,7 +27,7 @@ from seqloom.magi import choose, installed
 from seqloom.magi.bands import Band
 from seqloom.magi.choose import KERNELS, choose_kernel, in_many_pieces
 from seqloom.magi.flex import BLOCK, block_cells, block_mask, intervals
-from seqloom.magi.kernels import Kernel, determinism, merge_
+from seqloom.magi.kernels import Final, Kernel, determinism, merge_
 from seqloom.magi.varlen import calls
 
 CPU = torch.device("cpu")
@@ -88,7 +88,7 @@ def in_two_parts(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, 
     delta = (grad * output).sum(-1)
     d_query, rest = torch.zeros_like(q), []
     for columns, own in parts:
-        found = kernel.backward(grad, q, k[columns], v[columns], output, lse, delta, own, SCALE, softcap)
+        found = kernel.backward(Final(grad, q, k[columns], v[columns], output, lse, delta), own, SCALE, softcap)
         d_query += found[0]
         rest.append(found[1:])
     return output, lse, d_query, *(torch.cat(x) for x in zip(*rest, strict=True))
@@ -124,7 +124,7 @@ def test_what_a_sink_adds_to_the_denominator_is_in_the_gradients_of_every_kernel
     total = torch.logaddexp(lse, torch.randn(HEADS, dtype=torch.float64, generator=torch.Generator().manual_seed(4)))
     output = output * (lse - total).exp()[..., None]
     wanted = dense_backward(grad, q, k, v, output, total, allowed, SCALE, 0.0)
-    got = KERNELS[name].backward(grad, q, k, v, output, total, (grad * output).sum(-1), bands, SCALE, 0.0)
+    got = KERNELS[name].backward(Final(grad, q, k, v, output, total, (grad * output).sum(-1)), bands, SCALE, 0.0)
     assert all(close(one, other, 1e-10) for one, other in zip(got, wanted, strict=True))
 
 
@@ -138,7 +138,7 @@ def test_half_precision_is_summed_in_fp32(log, name):
     wanted = dense_forward(*exact[:3], cells(bands, 40, 40), SCALE, 0.0)
     assert close(output.double(), wanted[0], 0.02) and close(lse.double(), wanted[1], 0.02)
     kept = output.to(q.dtype)
-    found = KERNELS[name].backward(grad, q, k, v, kept, lse, (grad.float() * kept.float()).sum(-1), bands, SCALE, 0.0)
+    found = KERNELS[name].backward(Final(grad, q, k, v, kept, lse, (grad.float() * kept.float()).sum(-1)), bands, SCALE, 0.0)
     assert all(x.dtype == torch.float32 for x in found)
     wanted = dense_backward(exact[3], *exact[:3], *wanted, cells(bands, 40, 40), SCALE, 0.0)
     assert all(close(one.double(), other, 0.06) for one, other in zip(found, wanted, strict=True))
@@ -149,7 +149,7 @@ def test_no_band_is_no_output(log, name):
     q, k, v, grad = tensors(5, 7)
     output, lse = KERNELS[name].forward(q, k, v, [], SCALE, 0.0)
     assert not output.any() and bool((lse == float("-inf")).all())
-    found = KERNELS[name].backward(grad, q, k, v, output, lse, (grad * output).sum(-1), [], SCALE, 0.0)
+    found = KERNELS[name].backward(Final(grad, q, k, v, output, lse, (grad * output).sum(-1)), [], SCALE, 0.0)
     assert [x.shape for x in found] == [q.shape, k.shape, v.shape] and not any(x.any() for x in found)
 
 
@@ -248,7 +248,7 @@ def test_flex_differentiates_inside_an_operator_of_the_library(log):
 
     @torch.library.custom_op("seqloom_tests::flex_backward", mutates_args=())
     def inside(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return KERNELS["flex"].backward(grad, q, k, v, output, lse, (grad * output).sum(-1), bands, SCALE, 0.0)[1].clone()
+        return KERNELS["flex"].backward(Final(grad, q, k, v, output, lse, (grad * output).sum(-1)), bands, SCALE, 0.0)[1].clone()
 
     allowed = cells(bands, 40, 40)
     wanted = dense_backward(grad, q, k, v, output, lse, allowed, SCALE, 0.0)[1]
@@ -362,7 +362,7 @@ def test_packages_are_told_to_add_in_one_order(log, name):
         log.clear()
         with determinism(wanted):
             output, lse = KERNELS[name].forward(q, k, v, bands, SCALE, 0.0)
-            KERNELS[name].backward(grad, q, k, v, output, lse, (grad * output).sum(-1), bands, SCALE, 0.0)
+            KERNELS[name].backward(Final(grad, q, k, v, output, lse, (grad * output).sum(-1)), bands, SCALE, 0.0)
         assert log[-1]["deterministic"] is wanted
 
 

@@ -11,12 +11,12 @@ import sys
 from collections.abc import Mapping
 from textwrap import fill
 
+from seqloom.capture.documents import MAGI
 from seqloom.emit.layers import block_source, model_source
 from seqloom.emit.segments import IMPORTS
 from seqloom.emit.statements import Functions, Scope, operator_names
 from seqloom.errors import UserError
 from seqloom.plan.context import context_axes
-from seqloom.plan.labels import MAGI
 from seqloom.plan.placement import Layout
 from seqloom.plan.plan import Plan, PlannedRegion
 from seqloom.plan.price import DP
@@ -101,9 +101,7 @@ def _tables(plan: Plan, tied: Mapping[str, str]) -> str:
     ]
     attention = attention_axes(plan)
     if attention is not None:
-        batch, sequence = attention
-        rows.append(f"CONTEXT = {(batch, sequence)!r}  # axes that split the batch of attention, and its sequence")
-        rows.append(f"DOCUMENTS = {plan.documents!r}  # their lengths in a typical row")
+        rows.append(f"CONTEXT = {attention!r}  # attention stays inside documents: axes that split its batch, and its sequence")
     return "\n".join(rows)
 
 

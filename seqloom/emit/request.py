@@ -67,7 +67,6 @@ class CompileRequest:
         for field in ("seq_len", "micro_batch_size", "grad_accumulation_steps", "loss_chunk"):
             if getattr(self, field) is not None and getattr(self, field) < 1:
                 raise UserError(f"{field} must be at least 1, not {getattr(self, field)}")
-
         if self.attention == "gather" and self.documents:
             raise UserError(
                 "--attention gather knows no documents: use --attention auto, heads or magi, or pack the text with --pack stream"

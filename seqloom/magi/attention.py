@@ -12,7 +12,7 @@ FlashAttention-2, arXiv:2307.08691). With `merged` there is one stage and one ke
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from seqloom.magi.bands import Band
 from seqloom.magi.groupcast import Flight, Group, Way, add_rows_, group_cast, group_reduce
-from seqloom.magi.kernels import Kernel, accumulate, determinism, merge_
+from seqloom.magi.kernels import Final, Kernel, accumulate, determinism, merge_
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def backward(
     """Gradients of query, key and value in the precision of sums; `delta` `[rows, heads]` are the row sums of gradient times output."""
 
     def run(keys: Tensor, values: Tensor, bands: Sequence[Band]) -> tuple[Tensor, Tensor, Tensor]:
-        return runtime.kernel.backward(grad, query, keys, values, output, lse, delta, bands, scale, softcap)
+        return runtime.kernel.backward(Final(grad, query, keys, values, output, lse, delta), bands, scale, softcap)
 
     with determinism(runtime.deterministic):
         return _backward(query, key, value, runtime, run)
@@ -189,8 +189,3 @@ class _Ahead:
     def all(self) -> list[Tensor]:
         """The rows of all stages."""
         return [self.next(index) for index in range(len(self._runtime.stages))]
-
-
-def with_kernel(runtime: Runtime, kernel: Kernel) -> Runtime:
-    """The same plan run by another kernel."""
-    return replace(runtime, kernel=kernel)

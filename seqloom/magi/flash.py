@@ -14,11 +14,12 @@ from torch import Tensor
 
 from seqloom.magi.bands import Band
 from seqloom.magi.installed import module, refused_on_gpu, refused_package
-from seqloom.magi.kernels import accumulate, merge_
+from seqloom.magi.kernels import Final, Gradients, merge_, no_gradients, nothing_yet
 from seqloom.magi.varlen import Call, calls
 
 MOST_HEAD_DIM = 256
 PACKAGE_2, PACKAGE_3 = "flash_attn.flash_attn_interface", "flash_attn_interface"
+PACKED = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 
 
 class Flash2:
@@ -36,99 +37,39 @@ class Flash2:
         self, query: Tensor, key: Tensor, value: Tensor, bands: Sequence[Band], scale: float, softcap: float
     ) -> tuple[Tensor, Tensor]:
         """As `Kernel.forward`."""
-        dtype = accumulate(query.dtype)
-        output = torch.zeros(query.shape, dtype=dtype, device=query.device)
-        lse = torch.full(query.shape[:2], float("-inf"), dtype=dtype, device=query.device)
+        output, lse = nothing_yet(query)
         for call in calls(tuple(bands), query.device):
             part, own = self._forward(call, call.queries.take(query), call.keys.take(key), call.keys.take(value), scale, softcap)
             merged, total = call.queries.take(output), call.queries.take(lse)
-            merge_(merged, total, part.to(dtype), own.t().to(dtype))  # own is [heads, rows]
+            merge_(merged, total, part.to(output.dtype), own.t().to(lse.dtype))  # own is [heads, rows]
             call.queries.put_(output, merged)
             call.queries.put_(lse, total)
         return output, lse
 
-    def backward(
-        self,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        lse: Tensor,
-        delta: Tensor,
-        bands: Sequence[Band],
-        scale: float,
-        softcap: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, given: Final, bands: Sequence[Band], scale: float, softcap: float) -> Gradients:
         """As `Kernel.backward`. The package finds `delta` again from gradient and output."""
-        dtype = accumulate(query.dtype)
-        d_query, d_key, d_value = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (query, key, value))
+        grad, query, key, value, output, lse, _ = given
+        d_query, d_key, d_value = no_gradients(given)
         for call in calls(tuple(bands), query.device):
-            given = [call.queries.take(x) for x in (grad, query)] + [call.keys.take(x) for x in (key, value)]
-            found = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in given[1:]]
+            taken = [call.queries.take(x) for x in (grad, query)] + [call.keys.take(x) for x in (key, value)]
+            found = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in taken[1:]]
             own = call.queries.take(lse).t().contiguous()
-            self._backward(call, *given, call.queries.take(output), own, *found, scale, softcap)
+            self._backward(call, (*taken, call.queries.take(output), own, *found), scale, softcap)
             for total, part, rows in zip((d_query, d_key, d_value), found, (call.queries, call.keys, call.keys), strict=True):
                 rows.add_(total, part)
         return d_query, d_key, d_value
 
     def _forward(self, call: Call, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
-        return module(PACKAGE_2)._flash_attn_varlen_forward(
-            query,
-            key,
-            value,
-            call.queries.cu_seqlens,
-            call.keys.cu_seqlens,
-            call.queries.longest,
-            call.keys.longest,
-            dropout_p=0.0,
-            softmax_scale=scale,
-            causal=call.causal,
-            window_size_left=call.left,
-            window_size_right=call.right,
-            softcap=softcap,
-            alibi_slopes=None,
-            return_softmax=False,
-        )[:2]
+        """Output and log-sum-exp `[heads, rows]` of one call."""
+        run = module(PACKAGE_2)._flash_attn_varlen_forward
+        last = {"alibi_slopes": None, "return_softmax": False}
+        return run(query, key, value, *_packed(call), dropout_p=0.0, causal=call.causal, **_options(call, scale, softcap), **last)[:2]
 
-    def _backward(
-        self,
-        call: Call,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        lse: Tensor,
-        d_query: Tensor,
-        d_key: Tensor,
-        d_value: Tensor,
-        scale: float,
-        softcap: float,
-    ) -> None:
-        module(PACKAGE_2)._flash_attn_varlen_backward(
-            grad,
-            query,
-            key,
-            value,
-            output,
-            lse,
-            d_query,
-            d_key,
-            d_value,
-            call.queries.cu_seqlens,
-            call.keys.cu_seqlens,
-            call.queries.longest,
-            call.keys.longest,
-            dropout_p=0.0,
-            softmax_scale=scale,
-            causal=call.causal,
-            window_size_left=call.left,
-            window_size_right=call.right,
-            softcap=softcap,
-            alibi_slopes=None,
-            deterministic=torch.are_deterministic_algorithms_enabled(),
-        )
+    def _backward(self, call: Call, tensors: tuple[Tensor, ...], scale: float, softcap: float) -> None:
+        """`tensors`: gradient, query, key, value, output, log-sum-exp `[heads, rows]`, and the three gradients to write."""
+        run = module(PACKAGE_2)._flash_attn_varlen_backward
+        last = {"alibi_slopes": None, "deterministic": torch.are_deterministic_algorithms_enabled()}
+        run(*tensors, *_packed(call), dropout_p=0.0, causal=call.causal, **_options(call, scale, softcap), **last)
 
 
 class Flash3(Flash2):
@@ -143,54 +84,20 @@ class Flash3(Flash2):
         return gpu or refused_package(PACKAGE_3, "_flash_attn_forward", "window_size_left", "FlashAttention 3 (flash_attn_interface)")
 
     def _forward(self, call: Call, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
-        return module(PACKAGE_3)._flash_attn_forward(
-            query,
-            key,
-            value,
-            cu_seqlens_q=call.queries.cu_seqlens,
-            cu_seqlens_k=call.keys.cu_seqlens,
-            max_seqlen_q=call.queries.longest,
-            max_seqlen_k=call.keys.longest,
-            softmax_scale=scale,
-            causal=call.causal,
-            window_size_left=call.left,
-            window_size_right=call.right,
-            softcap=softcap,
-        )[:2]
+        run, packed = module(PACKAGE_3)._flash_attn_forward, dict(zip(PACKED, _packed(call), strict=True))
+        return run(query, key, value, **packed, causal=call.causal, **_options(call, scale, softcap))[:2]
 
-    def _backward(
-        self,
-        call: Call,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        lse: Tensor,
-        d_query: Tensor,
-        d_key: Tensor,
-        d_value: Tensor,
-        scale: float,
-        softcap: float,
-    ) -> None:
-        module(PACKAGE_3)._flash_attn_backward(
-            grad,
-            query,
-            key,
-            value,
-            output,
-            lse,
-            cu_seqlens_q=call.queries.cu_seqlens,
-            cu_seqlens_k=call.keys.cu_seqlens,
-            max_seqlen_q=call.queries.longest,
-            max_seqlen_k=call.keys.longest,
-            dq=d_query,
-            dk=d_key,
-            dv=d_value,
-            softmax_scale=scale,
-            is_causal=call.causal,
-            window_size_left=call.left,
-            window_size_right=call.right,
-            softcap=softcap,
-            deterministic=torch.are_deterministic_algorithms_enabled(),
-        )
+    def _backward(self, call: Call, tensors: tuple[Tensor, ...], scale: float, softcap: float) -> None:
+        run, packed = module(PACKAGE_3)._flash_attn_backward, dict(zip(PACKED, _packed(call), strict=True))
+        *given, dq, dk, dv = tensors
+        last = {"is_causal": call.causal, "deterministic": torch.are_deterministic_algorithms_enabled()}
+        run(*given, **packed, dq=dq, dk=dk, dv=dv, **_options(call, scale, softcap), **last)
+
+
+def _packed(call: Call) -> tuple[Tensor, Tensor, int, int]:
+    """What is packed how, in the order of `PACKED`."""
+    return call.queries.cu_seqlens, call.keys.cu_seqlens, call.queries.longest, call.keys.longest
+
+
+def _options(call: Call, scale: float, softcap: float) -> dict[str, float]:
+    return {"softmax_scale": scale, "window_size_left": call.left, "window_size_right": call.right, "softcap": softcap}

@@ -22,7 +22,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 
 from seqloom.magi import table as tables
 from seqloom.magi.bands import Band
-from seqloom.magi.kernels import accumulate
+from seqloom.magi.kernels import Final, Gradients, accumulate, no_gradients, nothing_yet
 
 BLOCK = 128
 LEAST_HEAD_DIM = 16
@@ -49,29 +49,18 @@ class Flex:
         self, query: Tensor, key: Tensor, value: Tensor, bands: Sequence[Band], scale: float, softcap: float
     ) -> tuple[Tensor, Tensor]:
         """As `Kernel.forward`."""
-        dtype = accumulate(query.dtype)
         if not bands:
-            return query.new_zeros(query.shape, dtype=dtype), query.new_full(query.shape[:2], float("-inf"), dtype=dtype)
+            return nothing_yet(query)
+        dtype = accumulate(query.dtype)
         output, lse = _run(*map(_heads, (query, key, value)), tuple(bands), scale, softcap)
         return output[0].transpose(0, 1).to(dtype), lse[0].t().to(dtype)
 
-    def backward(
-        self,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        lse: Tensor,
-        delta: Tensor,
-        bands: Sequence[Band],
-        scale: float,
-        softcap: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, given: Final, bands: Sequence[Band], scale: float, softcap: float) -> Gradients:
         """As `Kernel.backward`."""
-        dtype = accumulate(query.dtype)
         if not bands:
-            return tuple(torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (query, key, value))
+            return no_gradients(given)
+        grad, query, key, value, _, lse, delta = given
+        dtype = accumulate(query.dtype)
         with recorded():
             leaves = [_heads(x).detach().requires_grad_() for x in (query, key, value)]
             own, own_lse = _run(*leaves, tuple(bands), scale, softcap)
@@ -122,7 +111,7 @@ def _heads(x: Tensor) -> Tensor:
 # --- the mask --------------------------------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=16)
 def block_mask(bands: tuple[Band, ...], rows: int, columns: int, device: torch.device) -> BlockMask:
     """The mask of the bands over `rows` x `columns`, as FlexAttention takes it."""
     cells = block_cells(bands, rows, columns)

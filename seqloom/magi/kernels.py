@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,21 @@ from torch import Tensor
 from seqloom.magi.bands import Band
 
 _TILE = 2**26  # scores at once, over all heads
+
+
+class Final(NamedTuple):
+    """What a backward starts from: the gradient of the final output, the inputs, and the final output, log-sum-exp and `delta`."""
+
+    grad: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    output: Tensor
+    lse: Tensor
+    delta: Tensor
+
+
+Gradients = tuple[Tensor, Tensor, Tensor]  # of query, key and value
 
 
 class Kernel(Protocol):
@@ -38,19 +53,7 @@ class Kernel(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Output `[rows, heads_q, dim]` and log-sum-exp `[rows, heads_q]`, both in `accumulate(query.dtype)`."""
 
-    def backward(
-        self,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        lse: Tensor,
-        delta: Tensor,
-        bands: Sequence[Band],
-        scale: float,
-        softcap: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, given: Final, bands: Sequence[Band], scale: float, softcap: float) -> Gradients:
         """Gradients of query, key and value through these bands, in `accumulate(query.dtype)`."""
 
 
@@ -71,6 +74,18 @@ def determinism(wanted: bool) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+def nothing_yet(query: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of no keys at all, to merge others into."""
+    dtype = accumulate(query.dtype)
+    lse = torch.full(query.shape[:2], float("-inf"), dtype=dtype, device=query.device)
+    return torch.zeros(query.shape, dtype=dtype, device=query.device), lse
+
+
+def no_gradients(given: Final) -> Gradients:
+    """Zeros for the gradients of query, key and value, to add to."""
+    return tuple(torch.zeros(x.shape, dtype=accumulate(x.dtype), device=x.device) for x in given[1:4])
 
 
 def merge_(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
@@ -97,8 +112,7 @@ class Reference:
     ) -> tuple[Tensor, Tensor]:
         """As `Kernel.forward`."""
         dtype = accumulate(query.dtype)
-        output = torch.zeros(query.shape, dtype=dtype, device=query.device)
-        lse = torch.full(query.shape[:2], float("-inf"), dtype=dtype, device=query.device)
+        output, lse = nothing_yet(query)
         for band in tiles(bands, query.shape[1]):
             rows, columns = slice(band.q_start, band.q_end), slice(band.k_start, band.k_end)
             scores, _ = _scores(query[rows].to(dtype), key[columns].to(dtype), band, scale, softcap)
@@ -108,22 +122,11 @@ class Reference:
             merge_(output[rows], lse[rows], part, own.permute(2, 0, 1).flatten(1, 2))
         return output, lse
 
-    def backward(
-        self,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        lse: Tensor,
-        delta: Tensor,
-        bands: Sequence[Band],
-        scale: float,
-        softcap: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, given: Final, bands: Sequence[Band], scale: float, softcap: float) -> Gradients:
         """As `Kernel.backward`."""
+        grad, query, key, value, _, lse, delta = given
         dtype = accumulate(query.dtype)
-        d_query, d_key, d_value = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (query, key, value))
+        d_query, d_key, d_value = no_gradients(given)
         finite = lse.masked_fill(lse == float("-inf"), 0.0)
         for band in tiles(bands, query.shape[1]):
             rows, columns = slice(band.q_start, band.q_end), slice(band.k_start, band.k_end)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from seqloom.magi.bands import Band
 from seqloom.magi.installed import module, refused_on_gpu, refused_package
-from seqloom.magi.kernels import accumulate
+from seqloom.magi.kernels import Final, Gradients, accumulate, no_gradients, nothing_yet
 
 PACKAGE = "magi_attention.functional.flex_flash_attn"
 MOST_HEAD_DIM = 128  # the sizes that it compiles are 64 and 128
@@ -39,9 +39,7 @@ class Magi:
         self, query: Tensor, key: Tensor, value: Tensor, bands: Sequence[Band], scale: float, softcap: float
     ) -> tuple[Tensor, Tensor]:
         """As `Kernel.forward`."""
-        dtype = accumulate(query.dtype)
-        output = torch.zeros(query.shape, dtype=dtype, device=query.device)
-        lse = torch.full(query.shape[:2], float("-inf"), dtype=dtype, device=query.device)
+        output, lse = nothing_yet(query)
         if bands:
             module(PACKAGE)._flex_flash_attn_forward(  # adds to `output` and `lse` what is not there yet: all of it
                 q=query,
@@ -53,29 +51,17 @@ class Magi:
                 **NO_SINK,
                 softmax_scale=scale,
                 softcap=softcap,
-                out_type=dtype,
+                out_type=output.dtype,
                 disable_fwd_atomic_reduction=False,
                 deterministic=torch.are_deterministic_algorithms_enabled(),
                 sm_margin=0,
             )
         return output, lse
 
-    def backward(
-        self,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        lse: Tensor,
-        delta: Tensor,
-        bands: Sequence[Band],
-        scale: float,
-        softcap: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, given: Final, bands: Sequence[Band], scale: float, softcap: float) -> Gradients:
         """As `Kernel.backward`. The package finds `delta` again from gradient and output."""
-        dtype = accumulate(query.dtype)
-        found = tuple(torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (query, key, value))
+        grad, query, key, value, output, lse, _ = given
+        dtype, found = accumulate(query.dtype), no_gradients(given)
         if bands:
             module(PACKAGE)._flex_flash_attn_backward(
                 dout=grad,
@@ -102,7 +88,7 @@ class Magi:
         return found
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=64)
 def slices(bands: tuple[Band, ...], device: torch.device) -> dict[str, Tensor]:
     """The bands' typed slices: `q_ranges`, `k_ranges` int32 `[slices, 2]` and `attn_type_map` int32 `[slices]`."""
     found = [slice_ for band in bands for slice_ in band.as_slices()]

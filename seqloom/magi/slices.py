@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from seqloom.magi.bands import Band
-from seqloom.magi.kernels import accumulate, merge_
+from seqloom.magi.kernels import Final, Gradients, accumulate, merge_, no_gradients, nothing_yet
 from seqloom.ops.fused import kernel_for, run_backward, run_forward
 
 Form = Literal["full", "lower", "upper"]
@@ -106,9 +106,8 @@ class Slices:
         self, query: Tensor, key: Tensor, value: Tensor, bands: Sequence[Band], scale: float, softcap: float
     ) -> tuple[Tensor, Tensor]:
         """As `Kernel.forward`; `softcap` must be 0."""
-        dtype = accumulate(query.dtype)
-        output = torch.zeros(query.shape, dtype=dtype, device=query.device)
-        lse = torch.full(query.shape[:2], float("-inf"), dtype=dtype, device=query.device)
+        output, lse = nothing_yet(query)
+        dtype = output.dtype
         for piece in (piece for band in bands for piece in pieces(band)):
             rows, columns = slice(piece.q_start, piece.q_end), slice(piece.k_start, piece.k_end)
             q, k, v = _heads(query[rows], key[columns], value[columns], piece.form)
@@ -116,22 +115,11 @@ class Slices:
             merge_(output[rows], lse[rows], _rows(out, piece.form).to(dtype), _rows(own.unsqueeze(-1), piece.form)[..., 0].to(dtype))
         return output, lse
 
-    def backward(
-        self,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        lse: Tensor,
-        delta: Tensor,
-        bands: Sequence[Band],
-        scale: float,
-        softcap: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, given: Final, bands: Sequence[Band], scale: float, softcap: float) -> Gradients:
         """As `Kernel.backward`. The fused kernels find `delta` again from gradient and output."""
+        grad, query, key, value, output, lse, _ = given
         dtype = accumulate(query.dtype)
-        d_query, d_key, d_value = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (query, key, value))
+        d_query, d_key, d_value = no_gradients(given)
         for piece in (piece for band in bands for piece in pieces(band)):
             rows, columns = slice(piece.q_start, piece.q_end), slice(piece.k_start, piece.k_end)
             q, k, v = _heads(query[rows], key[columns], value[columns], piece.form)

@@ -58,7 +58,7 @@ class Call:
     right: int
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=64)
 def calls(bands: tuple[Band, ...], device: torch.device) -> tuple[Call, ...]:
     """The calls that compute every cell of `bands` once."""
     found = []

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from seqloom.capture.documents import MAGI, PLAIN
 from seqloom.graph import Graph, Node
 
 Labels = Mapping[str, tuple[str, ...]]
-ATTENTION = "seqloom.ops.attention:attention"
-MAGI = "seqloom.magi.operator:magi_attention"
 
 
 def is_attention(op: str) -> bool:
-    """Whether an operator is attention, plain or over documents."""
-    return op in (ATTENTION, MAGI)
+    """Whether an operator is attention, plain or inside documents."""
+    return op in (PLAIN, MAGI)
 
 
 def label_graph(graph: Graph) -> dict[str, Labels]:

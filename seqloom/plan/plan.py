@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from seqloom.capture.documents import MAGI
 from seqloom.plan.clusters import Cluster
-from seqloom.plan.labels import MAGI
 from seqloom.plan.modes import KEEP, Counts, scaled
 from seqloom.plan.placement import Layout, Move, reshard_path
 from seqloom.plan.price import Machine, Price, move_seconds, price

@@ -7,13 +7,14 @@ that states it. Around it this module enumerates
   meshes      factorizations of the ranks into at most three axes, each axis with a role (`request.candidate_meshes`)
   storages    ZeRO 3 to 0 over subsets of the axes, those left out that another one beats in everything (`storage.storages`)
 
-and keeps the fastest plan that fits. For each mesh a relaxation that no storage can beat is solved first (`budget.add_bound`); meshes are
-then tried from the most promising one on, and most end there; those of three axes after the others. Then for each storage the LP
-relaxation; when it is no better than the best plan so far the candidate is done, when it is integral it is the answer, otherwise HiGHS
-branches. Host memory is taken only where it saves
-a hundredth of the step: its copies must come in time for the planned memory to hold, and nothing else here depends on timing. The same
-input always gives the same answer: candidates come in a fixed order, a later one must be better, and ties inside a program are broken by
-a tiny cost per strategy.
+and keeps the fastest plan that fits: a best-first branch and bound (`_explore`). For each mesh a relaxation that no storage can beat is
+solved first (`budget.add_bound`); the most promising mesh is then looked into, which gives the LP relaxation of each of its storages, and
+the most promising storage is settled: an integral relaxation is the answer, otherwise HiGHS branches. What is no better than the best plan
+so far ends where it stands. Meshes of three axes come after the others.
+
+Host memory is taken only where it saves a hundredth of the step: its copies must come in time for the planned memory to hold, and nothing
+else here depends on timing. The same input always gives the same answer: candidates come in a fixed order, a later one must be better,
+programs that are solved side by side do not depend on each other, and ties inside a program are broken by a tiny cost per strategy.
 """
 
 from __future__ import annotations

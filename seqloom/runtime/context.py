@@ -9,7 +9,7 @@ In: micro-batches of one scale unit, `[b, l]`, with `cu_seqlens`. Out: `Prepared
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -19,13 +19,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+from seqloom.data.documents import CU_SEQLENS, restarting_positions
 from seqloom.errors import UserError
 from seqloom.magi.key import DistAttnRuntimeKey, make_key, use_key
 from seqloom.magi.share import documents_mask, even_chunk_size
 from seqloom.runtime.mesh import axis_group, axis_rank
 from seqloom.runtime.program import Program
-
-BORDERS = "cu_seqlens"  # cumulative lengths of the documents of all rows of a micro-batch, row after row
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,6 @@ class Layout:
     def __init__(self, program: Program, mesh: DeviceMesh) -> None:
         self._shape = tuple(program.SHAPES["input_ids"])
         self._context = getattr(program, "CONTEXT", None)
-        self._documents = getattr(program, "DOCUMENTS", ())
         if self._context is not None:
             batch, sequence = self._context
             self._parts = prod(mesh[axis].size() for axis in batch)
@@ -58,12 +56,12 @@ class Layout:
             self._ranks = 1 if self._group is None else self._group.size()
 
     def prepare(self, micro_batch: Mapping[str, Tensor]) -> Prepared:
-        """A micro-batch with its key. Documents are those of `cu_seqlens`, or the typical ones of the plan where it brings none.
+        """A micro-batch with its key. Documents are those of `cu_seqlens`; without it every row is one.
 
         Raises `UserError` for documents whose borders do not fit the rows, and for documents that the program knows nothing of.
         """
-        inputs = {name: tensor for name, tensor in micro_batch.items() if name != BORDERS}
-        borders = micro_batch.get(BORDERS)
+        inputs = {name: tensor for name, tensor in micro_batch.items() if name != CU_SEQLENS}
+        borders = micro_batch.get(CU_SEQLENS)
         if self._context is None:
             if borders is not None and len(borders) != self._shape[0] + 1:
                 raise UserError(
@@ -71,17 +69,12 @@ class Layout:
                 )
             return Prepared(inputs, None)
         rows, length = self._shape
-        borders = self._typical() if borders is None else borders.numpy()
+        borders = np.arange(rows + 1) * length if borders is None else borders.numpy()
         _check(borders, rows, length)
-        inputs.setdefault("position_ids", positions(borders, rows, length))
+        inputs.setdefault("position_ids", torch.from_numpy(restarting_positions(borders)).view(rows, length))
         share = rows // self._parts * length
         keys = [self._key(_within(borders, part * share, (part + 1) * share)) for part in range(self._parts)]
         return Prepared({name: self._ordered(tensor, keys) for name, tensor in inputs.items()}, keys[self._part])
-
-    def _typical(self) -> np.ndarray:
-        rows, length = self._shape
-        ends = np.cumsum(np.array(self._documents, np.int64))
-        return np.concatenate([np.zeros(1, np.int64), *(row * length + ends for row in range(rows))])
 
     def _key(self, borders: np.ndarray) -> DistAttnRuntimeKey:
         mask = documents_mask(borders.tolist())
@@ -101,10 +94,11 @@ class Layout:
         return torch.cat(pieces, dim=1)
 
 
-def positions(borders: np.ndarray, rows: int, length: int) -> Tensor:
-    """Positions that start anew in every document: int64 `[rows, length]`."""
-    starts = np.repeat(borders[:-1], np.diff(borders))
-    return torch.from_numpy((np.arange(rows * length) - starts).reshape(rows, length))
+def typical_batch(documents: Sequence[int], rows: int) -> dict[str, Tensor]:
+    """What says that each of `rows` rows holds documents of these lengths; nothing where there are none."""
+    if not documents:
+        return {}
+    return {CU_SEQLENS: torch.from_numpy(np.concatenate(([0], np.cumsum(list(documents) * rows))))}
 
 
 def _within(borders: np.ndarray, start: int, end: int) -> np.ndarray:

@@ -23,6 +23,7 @@ from seqloom.emit import fingerprint as prints
 from seqloom.emit.pipeline import DTYPES, PLAN
 from seqloom.errors import UserError
 from seqloom.runtime.comparison import Row, table
+from seqloom.runtime.context import Layout, typical_batch
 from seqloom.runtime.counting import WorkCounter
 from seqloom.runtime.live_bytes import PARTS, LiveBytes
 from seqloom.runtime.materialize import storage
@@ -98,10 +99,11 @@ def dry_run(folder: Path, rank: int) -> DryRun:
     plan, request = read_plan(folder), prints.read(folder)["request"]
     world = check_rank(folder, plan, rank)
     with fake_job(rank, world):
-        return _steps(load_program(folder), plan["dp"], rank, DTYPES[request["precision"]], plan["grad_accumulation_steps"])
+        documents, accumulation = plan.get("documents", ()), plan["grad_accumulation_steps"]
+        return _steps(load_program(folder), plan["dp"], rank, DTYPES[request["precision"]], accumulation, documents)
 
 
-def _steps(program: Program, dp: int, rank: int, dtype: torch.dtype, accumulation: int) -> DryRun:
+def _steps(program: Program, dp: int, rank: int, dtype: torch.dtype, accumulation: int, documents: Sequence[int]) -> DryRun:
     mesh, device = build_mesh(program.MESH, dp, "cpu"), torch.device("cpu")
     model = storage(program, mesh, torch.float32, dtype)
     work, live = WorkCounter(), LiveBytes()
@@ -112,15 +114,16 @@ def _steps(program: Program, dp: int, rank: int, dtype: torch.dtype, accumulatio
         live.enter(phase)
         work.enter(phase)
 
+    inputs = {name: torch.zeros(shape, dtype=torch.int64) for name, shape in program.SHAPES.items()}
+    batch = Layout(program, mesh).prepare(inputs | typical_batch(documents, program.SHAPES["input_ids"][0]))  # reads real borders
     with FakeTensorMode(allow_non_fake_inputs=True):
-        batches = [{name: torch.zeros(shape, dtype=torch.int64) for name, shape in program.SHAPES.items()} for _ in range(accumulation)]
         # `live` is the inner one: it must meet a DTensor's operator before `work` takes it apart.
         with work, work.recomputation(), live, live.resizes():
             model.to_empty(device=device)
             optimizer = build_optimizer(model, lr=1e-4)
             for _ in range(STEPS):
                 work.clear()
-                run_step(model, program, mesh, optimizer, batches, device, enter)
+                run_step(model, program, mesh, optimizer, [batch] * accumulation, device, enter)
                 live.hold([*model.parameters(), *model.buffers(), *optimizer_state(optimizer)], "states")
                 gc.collect()  # autograd graphs hold circles; a real step's memory is long reused by then
     return DryRun(rank, live.peak, live.parts(), live.alive, live.host_peak, work.flops, work.sent)

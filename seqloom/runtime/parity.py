@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from seqloom.capture.float64 import Float64Mode
-from seqloom.runtime.context import BORDERS, positions
+from seqloom.data.documents import CU_SEQLENS, restarting_positions
 from seqloom.runtime.materialize import materialize
 from seqloom.runtime.mesh import DP, build_mesh
 from seqloom.runtime.program import load_program
@@ -60,7 +60,7 @@ def random_documents(rows: int, length: int, generator: torch.Generator) -> Micr
         inside = torch.randperm(length - 1, generator=generator)[: min(3, length - 1)] + 1
         borders.append(row * length + torch.cat([inside.sort().values, torch.tensor([length])]))
     joined = torch.cat(borders)
-    return {BORDERS: joined, "position_ids": positions(joined.numpy(), rows, length)}
+    return {CU_SEQLENS: joined, "position_ids": torch.from_numpy(restarting_positions(joined.numpy())).view(rows, length)}
 
 
 def program_gradients(

@@ -30,6 +30,7 @@ from seqloom.emit import fingerprint as prints
 from seqloom.emit.pipeline import DTYPES
 from seqloom.errors import UserError
 from seqloom.runtime.comparison import Row, table
+from seqloom.runtime.context import typical_batch
 from seqloom.runtime.dryrun import GIB, check_rank, optimizer_state, read_plan
 from seqloom.runtime.initialize import fill_buffers
 from seqloom.runtime.live_bytes import LiveBytes
@@ -141,7 +142,9 @@ def _rehearse(
     fill_at_random(model, device)
     fill_buffers(model, config)
     optimizer = build_optimizer(model, lr=1e-4)
-    batches = random_batches(config, *program.SHAPES["input_ids"], plan["grad_accumulation_steps"], SEED)
+    rows, length = program.SHAPES["input_ids"]
+    typical = typical_batch(plan.get("documents", ()), rows)
+    batches = [batch | typical for batch in random_batches(config, rows, length, plan["grad_accumulation_steps"], SEED)]
 
     def step(enter: Enter) -> float:
         return float(run_step(model, program, mesh, optimizer, batches, device, enter)[0])

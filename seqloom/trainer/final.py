@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from seqloom.runtime.context import BORDERS
+from seqloom.data.documents import CU_SEQLENS
 from seqloom.runtime.step import IGNORED, MicroBatch, count_tokens, local_inputs, prepare, reduce_loss_and_norm
 from seqloom.trainer.build import Run
 
@@ -26,7 +26,7 @@ def write_final(run: Run, step: int) -> dict[str, Any]:
     """Evaluate and, on rank 0, write `final.json`; returns what is in it. Collective."""
     rows = np.arange(run.config.compile.micro_batch_size) % run.dataset.rows
     input_ids, labels = (torch.from_numpy(array.astype(np.int64)) for array in run.dataset.read(rows))
-    batch = {"input_ids": input_ids, "labels": labels, BORDERS: torch.from_numpy(run.dataset.read_cu_seqlens(rows))}
+    batch = {"input_ids": input_ids, "labels": labels, CU_SEQLENS: torch.from_numpy(run.dataset.read_cu_seqlens(rows))}
     counted = (labels[0] != IGNORED).nonzero().flatten()
     places = counted[torch.linspace(0, len(counted) - 1, NUM_TOKENS).long()].unique().tolist()
     final = {
