@@ -116,16 +116,15 @@ def _steps(program: Program, dp: int, rank: int, dtype: torch.dtype, accumulatio
 
     inputs = {name: torch.zeros(shape, dtype=torch.int64) for name, shape in program.SHAPES.items()}
     batch = Layout(program, mesh).prepare(inputs | typical_batch(documents, program.SHAPES["input_ids"][0]))  # reads real borders
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        # `live` is the inner one: it must meet a DTensor's operator before `work` takes it apart.
-        with work, work.recomputation(), live, live.resizes():
-            model.to_empty(device=device)
-            optimizer = build_optimizer(model, lr=1e-4)
-            for _ in range(STEPS):
-                work.clear()
-                run_step(model, program, mesh, optimizer, [batch] * accumulation, device, enter)
-                live.hold([*model.parameters(), *model.buffers(), *optimizer_state(optimizer)], "states")
-                gc.collect()  # autograd graphs hold circles; a real step's memory is long reused by then
+    # `live` is the inner one: it must meet a DTensor's operator before `work` takes it apart.
+    with FakeTensorMode(allow_non_fake_inputs=True), work, work.recomputation(), live, live.resizes():
+        model.to_empty(device=device)
+        optimizer = build_optimizer(model, lr=1e-4)
+        for _ in range(STEPS):
+            work.clear()
+            run_step(model, program, mesh, optimizer, [batch] * accumulation, device, enter)
+            live.hold([*model.parameters(), *model.buffers(), *optimizer_state(optimizer)], "states")
+            gc.collect()  # autograd graphs hold circles; a real step's memory is long reused by then
     return DryRun(rank, live.peak, live.parts(), live.alive, live.host_peak, work.flops, work.sent)
 
 
