@@ -14,10 +14,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from seqloom.checkpoint import digest as digest_module
+from seqloom.checkpoint import fill as fill_module
 from seqloom.checkpoint import manifest as manifest_module
 from seqloom.checkpoint import reader as reader_module
+from seqloom.checkpoint import stream as stream_module
 from seqloom.checkpoint import tensorfile as tensorfile_module
 from seqloom.checkpoint import verify as verify_module
+from seqloom.checkpoint.folders import open_step
 from seqloom.checkpoint.huggingface import HFReader, write_hf_folder
 from seqloom.checkpoint.manifest import Manifest
 from seqloom.checkpoint.merge import merge, resolve_source
@@ -148,7 +151,7 @@ def test_flipped_bits_of_a_merged_file_are_refused(tmp_path):
 
 def test_merge_streams(tmp_path, monkeypatch):
     """Python's own memory (buffers, headers) and the tensors alive are bounded by the batch, not by the model."""
-    for module in (digest_module, manifest_module, verify_module):
+    for module in (digest_module, fill_module, manifest_module, stream_module, verify_module):
         monkeypatch.setattr(module, "BLOCK_BYTES", 64 * 2**10)
     rows = 4096
     tensors = {f"model.{i}": torch.full((rows, 64), float(i)) for i in range(8)}
@@ -361,7 +364,7 @@ def test_hf_folder_from_another_hf_folder(tmp_path):
 def test_step_reader_reads_batches(tmp_path, monkeypatch):
     _, folder = _save(tmp_path, "llama")
     monkeypatch.setattr(reader_module, "ROW_BATCH_BYTES", 100)
-    reader = StepReader(folder, Manifest.read(folder))
+    reader = StepReader(open_step(folder))
     for name in reader:
         batches = list(reader.batches(name))
         whole = torch.cat(batches) if reader[name].shape else batches[0]

@@ -10,6 +10,8 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from seqloom.checkpoint.manifest import MANIFEST, Manifest
@@ -38,13 +40,55 @@ def is_step_folder(path: Path) -> bool:
     return path.is_dir() and ((path / MANIFEST).exists() or _STEP.fullmatch(path.name) is not None)
 
 
+@dataclass(frozen=True)
+class StepFolder:
+    """One checkpoint as it lies on disk: its manifest, and for files that do not lie in `path` itself the folder they lie in."""
+
+    path: Path
+    manifest: Manifest
+    places: Mapping[str, Path] = field(default_factory=dict)
+
+    def file(self, name: str) -> Path:
+        """Where a file of the manifest lies."""
+        return self.places.get(name, self.path) / name
+
+    def problem(self) -> str | None:
+        """What is wrong as far as file sizes tell, or None."""
+        return next(self.manifest.wrong_sizes(self.path, self.places), None)
+
+
+def open_step(path: Path) -> StepFolder:
+    """The checkpoint of a step folder, or of a folder with one folder per machine that hold its files together.
+
+    Raises `UserError` when there is none, its manifest is damaged, or the machines' manifests differ.
+    """
+    parts = [] if (path / MANIFEST).exists() else collected_parts(path)
+    if not parts:
+        return StepFolder(path, Manifest.read(path))
+    manifest, data = Manifest.read(parts[0]), (parts[0] / MANIFEST).read_bytes()
+    for part in parts[1:]:
+        if Manifest.read(part) != manifest or (part / MANIFEST).read_bytes() != data:
+            raise UserError(f"{parts[0]} and {part} are parts of different checkpoints: collect the files of one step only in {path}")
+    return StepFolder(path, manifest, {name: _holder(parts, name, entry.nbytes) for name, entry in manifest.files.items()})
+
+
+def collected_parts(path: Path) -> list[Path]:
+    """The folders in `path` that have a manifest, by name: one per machine, when the files of one step were collected from several."""
+    return sorted(part for part in path.iterdir() if not part.name.startswith(".") and (part / MANIFEST).is_file()) if path.is_dir() else []
+
+
+def _holder(parts: list[Path], name: str, nbytes: int) -> Path:
+    """The part that has a file, preferably in its right size."""
+    holders = [part for part in parts if (part / name).is_file()]
+    return next((part for part in holders if (part / name).stat().st_size == nbytes), (holders or parts)[0])
+
+
 def structural_damage(folder: Path) -> str | None:
     """What is wrong with a step folder as far as the manifest and file sizes tell, or None. Digests are not computed."""
     try:
-        manifest = Manifest.read(folder)
+        return open_step(folder).problem()
     except UserError as error:
         return str(error)
-    return next(manifest.wrong_sizes(folder), None)
 
 
 def make_staging(target: Path) -> Path:

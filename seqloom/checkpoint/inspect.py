@@ -12,8 +12,8 @@ from pathlib import Path
 
 from seqloom.checkpoint import folders
 from seqloom.checkpoint.manifest import Manifest
-from seqloom.checkpoint.read import find_checkpoint, open_checkpoint
-from seqloom.checkpoint.reader import StepReader
+from seqloom.checkpoint.read import find_checkpoint
+from seqloom.checkpoint.reader import StepReader, open_checkpoint
 from seqloom.checkpoint.verify import damage
 from seqloom.errors import UserError
 

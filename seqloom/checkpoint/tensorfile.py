@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from seqloom.checkpoint.digest import BlockHasher, read_exactly, read_into
+from seqloom.checkpoint.digest import Beside, BlockHasher, read_exactly, read_into
 from seqloom.checkpoint.slices import Box
+from seqloom.checkpoint.stream import BlockStream
 from seqloom.errors import UserError
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -81,11 +82,13 @@ class TensorFileWriter:
     """Writes one safetensors file in a stream: all shapes are known first, the bytes follow in the same order.
 
     `with TensorFileWriter(path, tensors) as writer: writer.append(tensor)`; the tensors' elements are appended in order, whole or in
-    parts. Leaving the block flushes the file to disk. `blocks` are the digests of the file as it was written, `nbytes` its size.
+    parts. Bytes are hashed by a thread while they are written. Leaving the block flushes the file to disk. `blocks` are the digests of
+    the file as it was written, `nbytes` its size.
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None = None) -> None:
         self._hasher = BlockHasher()
+        self._beside = Beside(ahead=0)
         header = header_bytes(tensors, metadata)
         self.nbytes = len(header) + sum(info.nbytes for info in tensors.values())
         self.blocks: tuple[str, ...] = ()
@@ -102,10 +105,11 @@ class TensorFileWriter:
             self._write(memoryview(part.view(torch.uint8).numpy()))
 
     def _write(self, view: memoryview) -> None:
-        self._hasher.update(view)
+        self._beside.do(self._hasher.update, view)
         self._written += len(view)
         while len(view):
             view = view[self._file.write(view) :]
+        self._beside.wait()
 
     def finish(self) -> None:
         """Flush to disk; raises `RuntimeError` when fewer or more bytes came than the header promised."""
@@ -122,6 +126,7 @@ class TensorFileWriter:
             if kind is None:
                 self.finish()
         finally:
+            self._beside.close()
             self._file.close()
 
 
@@ -129,6 +134,14 @@ class TensorFileWriter:
 class _Entry:
     info: TensorInfo
     start: int
+
+    def extent(self, box: Box) -> tuple[int, int]:
+        """The first byte in the file, and the end, of a part of the tensor that has elements."""
+        strides = [math.prod(self.info.shape[dim + 1 :]) * self.info.dtype.itemsize for dim in range(len(self.info.shape))]
+        ends = zip(box.offsets, box.sizes, strides, strict=True)
+        last = sum((offset + size - 1) * stride for offset, size, stride in ends)
+        first = sum(offset * stride for offset, stride in zip(box.offsets, strides, strict=True))
+        return self.start + first, self.start + last + self.info.dtype.itemsize
 
 
 class TensorFile(Mapping[str, TensorInfo]):
@@ -140,6 +153,7 @@ class TensorFile(Mapping[str, TensorInfo]):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.stream: BlockStream | None = None
         try:
             self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
         except OSError as error:
@@ -177,9 +191,10 @@ class TensorFile(Mapping[str, TensorInfo]):
         return len(self._entries)
 
     def read_slice(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
-        """The elements `offsets[d] : offsets[d] + sizes[d]` of a stored tensor, on the CPU; only their bytes are read.
+        """The elements `offsets[d] : offsets[d] + sizes[d]` of a stored tensor, on the CPU; only their bytes are read, through `stream`
+        where there is one.
 
-        Raises `KeyError` for an unknown name, `ValueError` for a slice outside the tensor.
+        Raises `KeyError` for an unknown name, `ValueError` for a slice outside the tensor, `UserError` where the file cannot be read.
         """
         info, start = self._entries[name].info, self._entries[name].start
         inside = all(min(o, n) >= 0 and o + n <= size for o, n, size in zip(offsets, sizes, info.shape, strict=True))
@@ -189,16 +204,34 @@ class TensorFile(Mapping[str, TensorInfo]):
         if result.numel():
             view = memoryview(result.reshape(-1).view(torch.uint8).numpy())
             for first, last, position in _byte_runs(info, Box(tuple(offsets), tuple(sizes))):
-                if read_into(self._file.fileno(), view[first:last], start + position) != last - first:
+                if self._read_into(view[first:last], start + position) != last - first:
                     raise UserError(f"{self.path} ended while {name} was being read: replace it with a good copy")
         return result
+
+    def _read_into(self, view: memoryview, offset: int) -> int:
+        try:
+            if self.stream is not None:
+                return self.stream.read_into(self._file.fileno(), view, offset)
+            return read_into(self._file.fileno(), view, offset)
+        except OSError as error:
+            raise UserError(f"cannot read {self.path}: {error.strerror}; replace it with a good copy") from error
+
+    def extent(self, name: str, box: Box) -> tuple[int, int]:
+        """Where a part of a stored tensor lies in the file, from its first byte to its end; the part has elements."""
+        return self._entries[name].extent(box)
+
+    def finish_stream(self) -> dict[int, str]:
+        """The digests of the blocks of `stream`, by index; what was not asked for of them is read now."""
+        return self.stream.finish(self._file.fileno()) if self.stream is not None else {}
 
     def read(self, name: str) -> torch.Tensor:
         """A whole stored tensor."""
         return self.read_slice(name, *_box_arguments(self[name].shape))
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file, and its stream."""
+        if self.stream is not None:
+            self.stream.close()
         self._file.close()
 
 
