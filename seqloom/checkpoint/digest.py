@@ -94,8 +94,15 @@ class Block:
 
 def hash_blocks(blocks: Sequence[Block]) -> list[str]:
     """The digest of each block, or the system's message where it cannot be read. Hashed on all processors, at most 8 blocks in memory."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return list(pool.map(_hash_or_message, blocks))
+    threads = min(8, os.cpu_count() or 1, len(blocks))
+    if threads < 2:
+        return [_hash_or_message(block) for block in blocks]
+    found = [""] * len(blocks)
+    with ThreadPoolExecutor(threads) as pool:
+        shares = pool.map(lambda first: [_hash_or_message(block) for block in blocks[first::threads]], range(threads))
+        for first, share in enumerate(shares):
+            found[first::threads] = share
+    return found
 
 
 def _hash_or_message(block: Block) -> str:

@@ -69,16 +69,30 @@ class Contents:
 
 def damage(path: Path, *, digests: bool = True) -> str | None:
     """What is wrong with a step folder or a merged file, or None; with `digests=False` only the manifest and the sizes are checked."""
-    contents, problem = None, None
-    try:
-        problem = folders.structural_damage(path) if path.is_dir() else None
-        contents = Contents.of(path) if problem is None else None
-    except (UserError, ValueError, OSError) as error:
-        problem = str(error)
+    contents, problem = _contents(path)
     problems = [answer for answer in group.gather_json(problem) if answer is not None]
     if problems or not digests:
         return problems[0] if problems else None
     return disagreement(contents, shared_digests(contents, ()))
+
+
+def damage_alone(folder: Path) -> str | None:
+    """What is wrong with a step folder, or None: all digests, by this process alone. Not collective."""
+    contents, problem = _contents(folder)
+    if contents is None:
+        return problem
+    ids = contents.block_ids()
+    digests = hash_blocks([Block(contents.files[name].path, index) for name, index in ids])
+    return contents.first_wrong(dict(zip(ids, digests, strict=True)))
+
+
+def _contents(path: Path) -> tuple[Contents | None, str | None]:
+    """What should be there, or what is wrong as far as the manifest and the sizes tell."""
+    try:
+        problem = folders.structural_damage(path) if path.is_dir() else None
+        return (Contents.of(path), None) if problem is None else (None, problem)
+    except (UserError, ValueError, OSError) as error:
+        return None, str(error)
 
 
 def shared_digests(contents: Contents, claimed: Collection[BlockId]) -> dict[BlockId, str]:
