@@ -5,11 +5,9 @@ import hashlib
 import itertools
 import json
 import logging
-import os
 import random
 import re
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -591,50 +589,7 @@ def test_inspection(tmp_path):
         list(list_checkpoints(tmp_path / "nothing"))
 
 
-# ---- killed saves, and no pickle
-
-
-def _kill_after(count):
-    """Make the process kill itself at its `count`-th step towards the disk."""
-    counter = itertools.count(1)
-
-    def wrap(function):
-        def call(*args, **kwargs):
-            if next(counter) == count:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
-
-        return call
-
-    for name in ("fsync", "rename", "replace", "mkdir"):
-        setattr(os, name, wrap(getattr(os, name)))
-    TensorFileWriter.append = wrap(TensorFileWriter.append)
-
-
-def test_killed_saves_leave_exactly_committed_steps(tmp_path):
-    _save(tmp_path, 1)
-    codes, found = [], []
-    for count in range(1, 40):
-        child = os.fork()
-        if child == 0:
-            _kill_after(count)
-            _save(tmp_path, 2)
-            os._exit(0)
-        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-        newest = find_checkpoint("last", tmp_path)
-        step = int(newest.name.removeprefix("step-"))
-        tensors = _blank(_tensors(step))
-        load_checkpoint(newest, tensors)
-        assert _same(tensors, _tensors(step))
-        found.append(step)
-        if step == 2:
-            shutil.rmtree(newest)
-        if codes[-1] == 0:
-            break
-    assert codes[-1] == 0
-    assert set(codes[:-1]) == {-signal.SIGKILL}
-    assert len(codes) > 12
-    assert found == sorted(found)
+# ---- no pickle, and names
 
 
 def test_nothing_is_pickled():

@@ -6,11 +6,14 @@ communicates between ranks.
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,8 +21,10 @@ from seqloom.checkpoint.manifest import MANIFEST, Manifest
 from seqloom.errors import UserError
 
 LATEST = "latest"
+FULL = (errno.ENOSPC, errno.EDQUOT)
 _STEP = re.compile(r"step-(0|[1-9][0-9]*)")
 _STAGING = ".staging-"
+_log = logging.getLogger(__name__)
 
 
 def step_folder(run_folder: Path, step: int) -> Path:
@@ -119,22 +124,42 @@ def set_aside(folder: Path) -> Path:
 
 
 def commit(staging: Path, target: Path) -> None:
-    """Make a finished staging folder the checkpoint `target` in one atomic rename, then point `latest` at it. All is on disk after."""
-    for path in (staging, *(p for p in staging.rglob("*") if p.is_dir())):
-        sync(path)
-    os.rename(staging, target)
+    """Make a finished staging folder the checkpoint `target` in one atomic rename, then point `latest` at it. All is on disk after.
+
+    When only the pointer cannot be written, that is a warning: nothing is found by it.
+    """
+    with _space_for(0, staging.parent, f"committing {target.name}"):
+        for path in (staging, *(p for p in staging.rglob("*") if p.is_dir())):
+            sync(path)
+        os.rename(staging, target)
     sync(target.parent)
-    write_durably(target.parent / f"{_STAGING}step-{LATEST}", f"{target.name}\n".encode())
-    os.replace(target.parent / f"{_STAGING}step-{LATEST}", target.parent / LATEST)
-    sync(target.parent)
+    pointer = target.parent / f"{_STAGING}step-{LATEST}"
+    try:
+        write_durably(pointer, f"{target.name}\n".encode())
+        os.replace(pointer, target.parent / LATEST)
+        sync(target.parent)
+    except (UserError, OSError) as error:
+        _log.warning("%s is saved, but %s could not be pointed at it: %s", target, target.parent / LATEST, error)
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Write a small file and flush it to disk."""
-    with open(path, "wb") as file:
+    """Write a small file and flush it to disk. Raises `UserError` naming the bytes needed and free when the disk is full."""
+    with _space_for(len(data), path.parent, f"writing {path.name}"), open(path, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+@contextmanager
+def _space_for(needed: int, folder: Path, doing: str) -> Iterator[None]:
+    """Turn the system's word of a full disk into a sentence with the bytes needed and free."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        free = shutil.disk_usage(folder).free
+        raise UserError(f"{doing} needs {needed} bytes in {folder}, whose disk is full ({free} are free): make room") from error
 
 
 def sync(path: Path) -> None:
