@@ -3,7 +3,7 @@
     python benchmarks/checkpoint_digests.py            # a table
     python benchmarks/checkpoint_digests.py --write    # and kept in benchmarks/results/checkpoint_digests.json
 
-One process saves parameters and two moments of a small model and loads them into other tensors. Without digests: the same code with a
+One process with one thread saves parameters and two moments of a small model and loads them into other tensors. Without digests: the same code with a
 hash that looks at nothing, and `verify=False`. Cases: `save` flushes to the disk, as it always does; `load, disk` reads files that are not
 in the page cache (they are dropped from it first), as a resumed job does; `load, memory` reads them from the page cache, where there
 is nothing to hide the hashing behind. With and without alternate, so that a change of the machine's load meets both alike; seconds are the
@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where to save: choose the disk to measure")
     args = parser.parse_args()
     load = os.getloadavg()[0]
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="seqloom-digests-", dir=args.folder) as folder:
         cases = measure(Path(folder))
     print(f"{'':14}{'with s':>9}{'without s':>11}{'ratio':>8}{'GB/s with':>11}")

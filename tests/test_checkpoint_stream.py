@@ -53,7 +53,6 @@ def test_any_reads_give_the_bytes_and_the_digests(tmp_path_factory, data, draw):
                 read = reader.read_into(file.fileno(), memoryview(buffer), start)
                 assert bytes(buffer[:read]) == data[start : start + length]
             found = reader.finish(file.fileno())
-        reader.close()
     expected = overlay + data[len(overlay) :]
     assert found == {i: xxhash.xxh3_128_hexdigest(expected[i * BLOCK : (i + 1) * BLOCK]) for i in indices}
 

@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import xxhash
 
 HASH = "xxh3-128"
 BLOCK_BYTES = 16 * 2**20
 HEX_LENGTH = 64
+CHUNK_BYTES = 2**20  # what is hashed at once lies in the processor's cache still, or already, when it is read or written
 
 new_block_hash = xxhash.xxh3_128
 
@@ -111,30 +111,6 @@ def _hash_or_message(block: Block) -> str:
             return hash_block(block.laid_over(read_exactly(file.fileno(), BLOCK_BYTES, block.start), block.start))
     except OSError as error:
         return error.strerror or str(error)
-
-
-class Beside:
-    """A thread that does small pieces of work in order, beside the caller's own; the caller waits when it is `ahead` pieces ahead."""
-
-    def __init__(self, ahead: int) -> None:
-        self._thread = ThreadPoolExecutor(1)
-        self._ahead = ahead
-        self._pending: list[Future[None]] = []
-
-    def do(self, work: Callable[..., None], *arguments: Any) -> None:
-        """Queue `work(*arguments)`; its error, if it has one, comes out of a later call."""
-        while len(self._pending) > self._ahead:
-            self._pending.pop(0).result()
-        self._pending.append(self._thread.submit(work, *arguments))
-
-    def wait(self) -> None:
-        """Return when all is done."""
-        while self._pending:
-            self._pending.pop(0).result()
-
-    def close(self) -> None:
-        """End the thread after what it has been given."""
-        self._thread.shutdown()
 
 
 def read_exactly(descriptor: int, count: int, offset: int) -> bytearray:

@@ -24,6 +24,7 @@ LATEST = "latest"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 _STEP = re.compile(r"step-(0|[1-9][0-9]*)")
 _STAGING = ".staging-"
+_NAME_BYTES = 4096  # what a new name in a folder may take: a block
 _log = logging.getLogger(__name__)
 
 
@@ -99,7 +100,8 @@ def structural_damage(folder: Path) -> str | None:
 def make_staging(target: Path) -> Path:
     """A new empty folder beside `target` to write in, named so that nobody takes it for a finished one."""
     staging = staging_path(target.parent, target.name)
-    staging.mkdir()
+    with _space_for(_NAME_BYTES, target.parent, f"saving {target.name}"):
+        staging.mkdir()
     return staging
 
 
@@ -128,11 +130,11 @@ def commit(staging: Path, target: Path) -> None:
 
     When only the pointer cannot be written, that is a warning: nothing is found by it.
     """
-    with _space_for(0, staging.parent, f"committing {target.name}"):
+    with _space_for(_NAME_BYTES, staging.parent, f"committing {target.name}"):
         for path in (staging, *(p for p in staging.rglob("*") if p.is_dir())):
             sync(path)
         os.rename(staging, target)
-    sync(target.parent)
+        sync(target.parent)
     pointer = target.parent / f"{_STAGING}step-{LATEST}"
     try:
         write_durably(pointer, f"{target.name}\n".encode())

@@ -1,7 +1,7 @@
 """Reads of a file that check whole blocks of it on the way, so that a checked load reads its bytes once.
 
 Role in the pipeline: `read` puts a `BlockStream` before each file that it fills tensors from. What a tensor wants is read to where the
-tensor wants it and hashed there, beside the next read; what lies between is read to be hashed only.
+tensor wants it and hashed there, a chunk at a time, while it is in the processor's cache; what lies between is read to be hashed only.
 """
 
 from __future__ import annotations
@@ -10,10 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from seqloom.checkpoint.digest import BLOCK_BYTES, Beside, Block, new_block_hash, read_exactly, read_into
-
-CHUNK_BYTES = 2 * 2**20
-_AHEAD = 8
+from seqloom.checkpoint.digest import BLOCK_BYTES, CHUNK_BYTES, Block, new_block_hash, read_exactly, read_into
 
 
 class BlockStream:
@@ -30,10 +27,9 @@ class BlockStream:
         self._open: Block | None = None
         self._at = 0
         self._hash: Any = None
-        self._beside = Beside(_AHEAD)
 
     def read_into(self, descriptor: int, view: memoryview, offset: int) -> int:
-        """Fill `view` with the bytes from `offset`; returns how many there were. `view` must stay as it is until `finish`."""
+        """Fill `view` with the bytes from `offset`; returns how many there were."""
         filled = 0
         while filled < len(view):
             position = offset + filled
@@ -55,12 +51,7 @@ class BlockStream:
                 if block is not self._open:
                     self._reach(descriptor, block.start)
                 self._close(descriptor)
-        self._beside.wait()
         return dict(self._found)
-
-    def close(self) -> None:
-        """End the thread that hashes."""
-        self._beside.close()
 
     def _reach(self, descriptor: int, position: int) -> bool:
         """Come to `position`, hashing what lies before it in its block; False where its bytes are hashed already or need not be."""
@@ -80,12 +71,8 @@ class BlockStream:
         if self._open is None:
             return
         self._read_gap(descriptor, min(self._open.start + BLOCK_BYTES, self._size))
-        self._found[self._open.index] = ""
-        self._beside.do(self._note, self._open.index, self._hash)
+        self._found[self._open.index] = self._hash.hexdigest()
         self._open = None
-
-    def _note(self, index: int, block_hash: Any) -> None:
-        self._found[index] = block_hash.hexdigest()
 
     def _read_gap(self, descriptor: int, end: int) -> None:
         while self._at < end:
@@ -95,5 +82,5 @@ class BlockStream:
             self._take(memoryview(self._open.laid_over(data, self._at)))
 
     def _take(self, data: memoryview) -> None:
-        self._beside.do(self._hash.update, data)
+        self._hash.update(data)
         self._at += len(data)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from seqloom.checkpoint.digest import Beside, BlockHasher, read_exactly, read_into
+from seqloom.checkpoint.digest import CHUNK_BYTES, BlockHasher, read_exactly, read_into
 from seqloom.checkpoint.slices import Box
 from seqloom.checkpoint.stream import BlockStream
 from seqloom.errors import UserError
@@ -82,13 +82,11 @@ class TensorFileWriter:
     """Writes one safetensors file in a stream: all shapes are known first, the bytes follow in the same order.
 
     `with TensorFileWriter(path, tensors) as writer: writer.append(tensor)`; the tensors' elements are appended in order, whole or in
-    parts. Bytes are hashed by a thread while they are written. Leaving the block flushes the file to disk. `blocks` are the digests of
-    the file as it was written, `nbytes` its size.
+    parts. Leaving the block flushes the file to disk. `blocks` are the digests of the file as it was written, `nbytes` its size.
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None = None) -> None:
         self._hasher = BlockHasher()
-        self._beside = Beside(ahead=0)
         header = header_bytes(tensors, metadata)
         self.nbytes = len(header) + sum(info.nbytes for info in tensors.values())
         self.blocks: tuple[str, ...] = ()
@@ -105,11 +103,13 @@ class TensorFileWriter:
             self._write(memoryview(part.view(torch.uint8).numpy()))
 
     def _write(self, view: memoryview) -> None:
-        self._beside.do(self._hasher.update, view)
         self._written += len(view)
         while len(view):
-            view = view[self._file.write(view) :]
-        self._beside.wait()
+            chunk = view[:CHUNK_BYTES]
+            self._hasher.update(chunk)  # first, so that the write finds it in the processor's cache
+            view = view[len(chunk) :]
+            while len(chunk):
+                chunk = chunk[self._file.write(chunk) :]
 
     def finish(self) -> None:
         """Flush to disk; raises `RuntimeError` when fewer or more bytes came than the header promised."""
@@ -126,7 +126,6 @@ class TensorFileWriter:
             if kind is None:
                 self.finish()
         finally:
-            self._beside.close()
             self._file.close()
 
 
@@ -229,9 +228,7 @@ class TensorFile(Mapping[str, TensorInfo]):
         return self.read_slice(name, *_box_arguments(self[name].shape))
 
     def close(self) -> None:
-        """Close the file, and its stream."""
-        if self.stream is not None:
-            self.stream.close()
+        """Close the file."""
         self._file.close()
 
 
