@@ -1,9 +1,7 @@
 """Merging: one file that equals the tensors, a folder that transformers loads, outputs that are whole or absent."""
 
 import json
-import os
 import shutil
-import signal
 import tracemalloc
 from pathlib import Path
 
@@ -295,33 +293,6 @@ def test_without_a_model_config_only_a_file_can_be_made(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     merge(tmp_path / "run", output_fname=tmp_path / "m")
     assert load_file(tmp_path / "m").keys() == {"model.x"}
-
-
-def test_killed_merges_leave_nothing_that_looks_whole(tmp_path):
-    _save(tmp_path / "run", "llama")
-    outputs = {"output_fname": tmp_path / "m.ckpt", "hf_output": tmp_path / "hf"}
-    appends = len(Manifest.read(tmp_path / "run" / "step-7").tensors)
-    for count in (1, 2, appends - 1, appends + 3):
-        child = os.fork()
-        if child == 0:
-            seen = []
-            append = TensorFileWriter.append
-
-            def deadly(self, tensor, seen=seen, append=append, count=count):
-                seen.append(1)
-                if len(seen) == count:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                append(self, tensor)
-
-            TensorFileWriter.append = deadly
-            merge(tmp_path / "run", **outputs)
-            os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-        visible = {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")}
-        assert visible == ({"run"} if count < appends else {"run", "m.ckpt"})
-        assert "m.ckpt" not in visible or damage(tmp_path / "m.ckpt") is None
-    merge(tmp_path / "run", **outputs)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "m.ckpt", "run"]
 
 
 # ---- Hugging Face folders that are not whole

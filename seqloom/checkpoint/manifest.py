@@ -15,7 +15,7 @@ from typing import Any
 
 from seqloom.checkpoint.digest import BLOCK_BYTES, HASH, HEX_LENGTH, hash_bytes, root_digest
 from seqloom.checkpoint.slices import Box
-from seqloom.checkpoint.tensorfile import DTYPES, TensorInfo, dtype_name
+from seqloom.checkpoint.tensorfile import DTYPES, TensorInfo, dtype_name, is_shape
 from seqloom.errors import UserError
 
 FORMAT = "seqloom-checkpoint"
@@ -150,11 +150,11 @@ def _file_from_json(name: str, entry: dict[str, Any]) -> FileEntry:
 
 def _tensor_from_json(name: str, entry: dict[str, Any], files: Mapping[str, FileEntry]) -> TensorEntry:
     info = TensorInfo(tuple(entry["shape"]), DTYPES[entry["dtype"]])
-    _require(all(map(_is_size, info.shape)), f"the shape of {name}")
+    _require(is_shape(info.shape), f"the shape of {name}")
     pieces = []
     for piece in entry["pieces"]:
         box = Box(tuple(piece["offsets"]), tuple(piece["sizes"]))
-        _require(all(map(_is_size, (*box.offsets, *box.sizes))) and len(box.offsets) == len(info.shape), f"a slice of {name}")
+        _require(all(map(_is_size, box.offsets)) and is_shape(box.sizes) and len(box.offsets) == len(info.shape), f"a slice of {name}")
         fits = all(o + n <= size for o, n, size in zip(box.offsets, box.sizes, info.shape, strict=True))
         _require(fits, f"a slice of {name} lies outside its shape")
         _require(piece["file"] in files, f"{name} is in {piece['file']!r}, which is not a file of this checkpoint")

@@ -115,11 +115,11 @@ class StepReader(CheckedReader):
     def read_slice(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
         """See `TensorReader`; raises `UserError` where a shard file is missing or disagrees with the manifest."""
         wanted = Box(tuple(offsets), tuple(sizes))
-        parts = list(self._parts(name, wanted))
-        result = torch.empty(wanted.sizes, dtype=self[name].dtype)
-        for piece, common in parts:
+        parts = [(self._holding(name, piece), piece, common) for piece, common in self._parts(name, wanted)]
+        result = torch.empty(wanted.sizes if len(parts) != 1 else 0, dtype=self[name].dtype)  # the files have been found as large
+        for file, piece, common in parts:
             inside = common.within(piece.box)
-            stored = self._holding(name, piece).read_slice(piece.key, inside.offsets, inside.sizes)
+            stored = file.read_slice(piece.key, inside.offsets, inside.sizes)
             if len(parts) == 1:
                 return stored
             common.within(wanted).narrow(result).copy_(stored)

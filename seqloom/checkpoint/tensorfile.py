@@ -58,6 +58,11 @@ class TensorInfo(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+def is_shape(sizes: Sequence[object]) -> bool:
+    """Whether these are sizes that a tensor can have: whole numbers whose product fits 64 bits, zeros aside."""
+    return all(type(n) is int and n >= 0 for n in sizes) and math.prod(n or 1 for n in sizes) < 2**63
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """The name of a dtype in safetensors (`F32`); raises `UserError` for one that the format does not have."""
     if dtype not in DTYPE_NAMES:
@@ -174,7 +179,7 @@ class TensorFile(Mapping[str, TensorInfo]):
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             info = TensorInfo(tuple(entry["shape"]), DTYPES[entry["dtype"]])
             start, end = entry["data_offsets"]
-            _require(all(type(n) is int and n >= 0 for n in (*info.shape, start, end)), f"sizes of {name}")
+            _require(is_shape(info.shape) and all(map(is_shape, ((start,), (end,)))), f"sizes of {name}")
             _require(start == expected and end - start == info.nbytes, f"bytes {start} to {end} for {name} of {info.nbytes} bytes")
             entries[name], expected = _Entry(info, 8 + length + start), end
         _require(8 + length + expected == total, f"{total} bytes where the header tells of {8 + length + expected}")
