@@ -3,11 +3,11 @@
     python benchmarks/checkpoint_digests.py            # a table
     python benchmarks/checkpoint_digests.py --write    # and kept in benchmarks/results/checkpoint_digests.json
 
-One process with one thread saves parameters and two moments of a small model and loads them into other tensors. Without digests: the same code with a
-hash that looks at nothing, and `verify=False`. Cases: `save` flushes to the disk, as it always does; `load, disk` reads files that are not
-in the page cache (they are dropped from it first), as a resumed job does; `load, memory` reads them from the page cache, where there
-is nothing to hide the hashing behind. With and without alternate, so that a change of the machine's load meets both alike; seconds are the
-least of `REPEATS`, and `ratio` is with over without. What it is meant to be: under 1.05 for save and load.
+One process with one thread saves parameters and two moments of a small model and loads them into other tensors. Without digests: the same
+code with a hash that looks at nothing, and `verify=False`. Cases: `save` flushes to the disk, as it always does; `load, disk` reads files
+that are not in the page cache (they are dropped from it first), as a resumed job does; `load, memory` reads them from the page cache, where
+there is nothing to hide the hashing behind. With and without alternate, so that a change of the machine's load meets both alike; seconds
+are the least of `REPEATS`, and `ratio` is with over without. What it is meant to be: under 1.05 for save and load.
 """
 
 from __future__ import annotations

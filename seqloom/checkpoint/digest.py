@@ -31,11 +31,6 @@ def hash_bytes(data: bytes | bytearray | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def hash_block(data: bytes | bytearray | memoryview) -> str:
-    """XXH3-128 in hex: the digest of a block."""
-    return xxhash.xxh3_128_hexdigest(data)
-
-
 def root_digest(blocks: Sequence[str]) -> str:
     """The digest of a file from those of its blocks: the SHA-256 of their raw bytes in order."""
     return hash_bytes(b"".join(bytes.fromhex(block) for block in blocks))
@@ -85,7 +80,7 @@ class Block:
         """Its first byte in the file."""
         return self.index * BLOCK_BYTES
 
-    def laid_over(self, data: bytearray, position: int) -> bytearray:
+    def laid_over(self, data: memoryview, position: int) -> memoryview:
         """The bytes of the file from `position`, changed in place to what counts."""
         replacement = self.overlay[position : position + len(data)]
         data[: len(replacement)] = replacement
@@ -93,24 +88,40 @@ class Block:
 
 
 def hash_blocks(blocks: Sequence[Block]) -> list[str]:
-    """The digest of each block, or the system's message where it cannot be read. Hashed on all processors, at most 8 blocks in memory."""
-    threads = min(8, os.cpu_count() or 1, len(blocks))
-    if threads < 2:
-        return [_hash_or_message(block) for block in blocks]
+    """The digest of each block, or the system's message where it cannot be read. Hashed on all processors, at most 8."""
+    threads = max(1, min(8, os.cpu_count() or 1, len(blocks)))
     found = [""] * len(blocks)
     with ThreadPoolExecutor(threads) as pool:
-        shares = pool.map(lambda first: [_hash_or_message(block) for block in blocks[first::threads]], range(threads))
+        shares = pool.map(lambda first: _hash_in_turn(blocks[first::threads]), range(threads))
         for first, share in enumerate(shares):
             found[first::threads] = share
     return found
 
 
-def _hash_or_message(block: Block) -> str:
-    try:
-        with open(block.path, "rb", buffering=0) as file:
-            return hash_block(block.laid_over(read_exactly(file.fileno(), BLOCK_BYTES, block.start), block.start))
-    except OSError as error:
-        return error.strerror or str(error)
+def _hash_in_turn(blocks: Sequence[Block]) -> list[str]:
+    """Of some blocks, one after the other, through one small buffer: new memory costs more than the hashing."""
+    buffer = bytearray(min(CHUNK_BYTES, BLOCK_BYTES))
+    found = []
+    for block in blocks:
+        try:
+            found.append(_hash_from_file(block, buffer))
+        except OSError as error:
+            found.append(error.strerror or str(error))
+    return found
+
+
+def _hash_from_file(block: Block, buffer: bytearray) -> str:
+    found = new_block_hash()
+    with open(block.path, "rb", buffering=0) as file:
+        position, end = block.start, block.start + BLOCK_BYTES
+        while position < end:
+            view = memoryview(buffer)[: end - position]
+            count = read_into(file.fileno(), view, position)
+            found.update(block.laid_over(view[:count], position))
+            position += count
+            if count < len(view):
+                break
+    return found.hexdigest()
 
 
 def read_exactly(descriptor: int, count: int, offset: int) -> bytearray:

@@ -42,9 +42,14 @@ def fill_checked(doing: str, reader: CheckedReader, path: Path, wanted: Sequence
 
     Where something is wrong the tensors may have been filled with it.
     """
-    contents = Contents.of(path)
-    claimed: list[BlockId] = []
-    group.attempt(doing, lambda: claimed.extend(_blocks_wanted(reader, contents, wanted)))
+    contents, claimed = Contents({}), []
+
+    def look() -> None:
+        nonlocal contents, claimed
+        contents = Contents.of(path)
+        claimed = _blocks_wanted(reader, contents, wanted)
+
+    group.attempt(doing, look)
     found = shared_digests(contents, claimed)
     group.attempt(doing, lambda: found.update(_fill_hashing(reader, contents, claimed, wanted)))
     return disagreement(contents, found)

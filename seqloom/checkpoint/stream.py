@@ -76,10 +76,10 @@ class BlockStream:
 
     def _read_gap(self, descriptor: int, end: int) -> None:
         while self._at < end:
-            data = read_exactly(descriptor, min(CHUNK_BYTES, end - self._at), self._at)
+            data = memoryview(read_exactly(descriptor, min(CHUNK_BYTES, end - self._at), self._at))
             if not data:
                 return
-            self._take(memoryview(self._open.laid_over(data, self._at)))
+            self._take(self._open.laid_over(data, self._at))
 
     def _take(self, data: memoryview) -> None:
         self._hash.update(data)
