@@ -21,7 +21,8 @@ class MergerConfig:
     """What to merge and where to. At least one output is needed."""
 
     ckpt_dir: Path
-    """A step folder, a run folder (its newest good step is taken), or the folder that holds a single run."""
+    """A step folder, a run folder (its newest good step is taken), the folder that holds a single run, or a folder with one folder per
+    machine that hold the files of one step together."""
     output_fname: Path | None = None
     """One safetensors file with model, optimizer and training state, for --resume_path."""
     hf_output: Path | None = None

@@ -168,6 +168,16 @@ class FolderArguments:
     """A step folder, a run folder, the folder of runs, or a merged file."""
 
 
+@dataclass(frozen=True)
+class DiffArguments:
+    """Compare two checkpoints: tensors bit by bit and training state. Exit code 0 when they are equal, 1 when they differ."""
+
+    first: tyro.conf.Positional[Path]
+    """A step folder, a run folder (its newest step), a merged file, or a Hugging Face folder."""
+    second: tyro.conf.Positional[Path]
+    """What to compare it with; any of the same."""
+
+
 def main() -> int | None:
     """Run the command named by the first argument. Raises `UserError` for an unknown one."""
     return _dispatch(COMMANDS, sys.argv[1:], PROG, __doc__)
@@ -301,7 +311,7 @@ def profile_command(args: Sequence[str], prog: str) -> None:
 
 
 def checkpoint_command(args: Sequence[str], prog: str) -> int | None:
-    """List, verify or show checkpoints."""
+    """List, verify, show or compare checkpoints."""
     return _dispatch(CHECKPOINT_COMMANDS, args, prog, "Look at checkpoints.")
 
 
@@ -329,6 +339,16 @@ def show_command(args: Sequence[str], prog: str) -> None:
     _print_lines(show_checkpoint(path))
 
 
+def diff_command(args: Sequence[str], prog: str) -> int:
+    """Compare two checkpoints; exit code 1 when they differ."""
+    config = parse(DiffArguments, prog, args)
+    from seqloom.checkpoint.compare import compare
+
+    found = compare(config.first, config.second)
+    _print_lines(found.text())
+    return 0 if found.equal else 1
+
+
 COMMANDS: Mapping[str, Command] = {
     "compile": compile_command,
     "explain": explain_command,
@@ -346,6 +366,7 @@ CHECKPOINT_COMMANDS: Mapping[str, Command] = {
     "list": list_command,
     "verify": verify_checkpoint_command,
     "show": show_command,
+    "diff": diff_command,
 }
 
 

@@ -1,9 +1,7 @@
 """Merging: one file that equals the tensors, a folder that transformers loads, outputs that are whole or absent."""
 
 import json
-import os
 import shutil
-import signal
 import tracemalloc
 from pathlib import Path
 
@@ -14,10 +12,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from seqloom.checkpoint import digest as digest_module
+from seqloom.checkpoint import fill as fill_module
 from seqloom.checkpoint import manifest as manifest_module
 from seqloom.checkpoint import reader as reader_module
+from seqloom.checkpoint import stream as stream_module
 from seqloom.checkpoint import tensorfile as tensorfile_module
 from seqloom.checkpoint import verify as verify_module
+from seqloom.checkpoint.folders import open_step
 from seqloom.checkpoint.huggingface import HFReader, write_hf_folder
 from seqloom.checkpoint.manifest import Manifest
 from seqloom.checkpoint.merge import merge, resolve_source
@@ -148,7 +149,7 @@ def test_flipped_bits_of_a_merged_file_are_refused(tmp_path):
 
 def test_merge_streams(tmp_path, monkeypatch):
     """Python's own memory (buffers, headers) and the tensors alive are bounded by the batch, not by the model."""
-    for module in (digest_module, manifest_module, verify_module):
+    for module in (digest_module, fill_module, manifest_module, stream_module, verify_module):
         monkeypatch.setattr(module, "BLOCK_BYTES", 64 * 2**10)
     rows = 4096
     tensors = {f"model.{i}": torch.full((rows, 64), float(i)) for i in range(8)}
@@ -294,33 +295,6 @@ def test_without_a_model_config_only_a_file_can_be_made(tmp_path):
     assert load_file(tmp_path / "m").keys() == {"model.x"}
 
 
-def test_killed_merges_leave_nothing_that_looks_whole(tmp_path):
-    _save(tmp_path / "run", "llama")
-    outputs = {"output_fname": tmp_path / "m.ckpt", "hf_output": tmp_path / "hf"}
-    appends = len(Manifest.read(tmp_path / "run" / "step-7").tensors)
-    for count in (1, 2, appends - 1, appends + 3):
-        child = os.fork()
-        if child == 0:
-            seen = []
-            append = TensorFileWriter.append
-
-            def deadly(self, tensor, seen=seen, append=append, count=count):
-                seen.append(1)
-                if len(seen) == count:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                append(self, tensor)
-
-            TensorFileWriter.append = deadly
-            merge(tmp_path / "run", **outputs)
-            os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-        visible = {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")}
-        assert visible == ({"run"} if count < appends else {"run", "m.ckpt"})
-        assert "m.ckpt" not in visible or damage(tmp_path / "m.ckpt") is None
-    merge(tmp_path / "run", **outputs)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "m.ckpt", "run"]
-
-
 # ---- Hugging Face folders that are not whole
 
 
@@ -361,7 +335,7 @@ def test_hf_folder_from_another_hf_folder(tmp_path):
 def test_step_reader_reads_batches(tmp_path, monkeypatch):
     _, folder = _save(tmp_path, "llama")
     monkeypatch.setattr(reader_module, "ROW_BATCH_BYTES", 100)
-    reader = StepReader(folder, Manifest.read(folder))
+    reader = StepReader(open_step(folder))
     for name in reader:
         batches = list(reader.batches(name))
         whole = torch.cat(batches) if reader[name].shape else batches[0]

@@ -9,10 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from plan_samples import real, scaled, tiny, with_usable_bytes
 
+from seqloom.capture.documents import PLAIN
 from seqloom.cost.hardware import GIB, Hardware, load_hardware
 from seqloom.errors import UserError
 from seqloom.plan.evaluate import Evaluation, evaluate
-from seqloom.plan.labels import ATTENTION
 from seqloom.plan.placement import S
 from seqloom.plan.plan import Plan, realize
 from seqloom.plan.price import Machine
@@ -94,8 +94,8 @@ def test_8b_at_128k_on_8_h100_splits_the_sequence_and_shards_the_storage(long_8b
 def test_8b_at_128k_goes_through_all_to_all_and_never_recomputes_attention(long_8b):
     _, plan, found, _ = long_8b
     layer = plan.regions["LlamaDecoderLayer"]
-    (segment,) = [s for s in layer.segments if any(c.cluster.nodes[0].op == ATTENTION for c in s.clusters)]
-    (attention,) = [c for c in segment.clusters if c.cluster.nodes[0].op == ATTENTION]
+    (segment,) = [s for s in layer.segments if any(c.cluster.nodes[0].op == PLAIN for c in s.clusters)]
+    (attention,) = [c for c in segment.clusters if c.cluster.nodes[0].op == PLAIN]
     assert {mode.kind for mode, _ in segment.modes} <= {"keep", "offload"}
     assert all(attention.strategy.layouts[name] == (S(1),) for name in attention.cluster.inputs), "split by heads"
     assert [(r.src, r.dst) for r in attention.reshards] == [((S(2),), (S(1),))] * 3
@@ -119,7 +119,7 @@ def test_8b_at_1m_recomputes_or_offloads_and_fits():
 def test_16_ranks_and_8_key_value_heads_have_a_plan_whose_attention_uses_all_ranks():
     _, plan, found, _ = planned(real("llama3_8b", 131072), request(16, force="sp8,sp2"))
     layer = plan.regions["LlamaDecoderLayer"]
-    (attention,) = [c for c in layer.clusters if c.cluster.nodes[0].op == ATTENTION]
+    (attention,) = [c for c in layer.clusters if c.cluster.nodes[0].op == PLAIN]
     assert all(attention.strategy.splits), attention.strategy.splits
     assert found.peak_bytes <= H100.usable_bytes
 

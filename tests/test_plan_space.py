@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plan_samples import tiny
 
+from seqloom.capture.documents import PLAIN
 from seqloom.cost.hardware import load_hardware
 from seqloom.errors import UserError
 from seqloom.plan.clusters import Cluster
-from seqloom.plan.labels import ATTENTION
 from seqloom.plan.placement import B, P, S, divides
 from seqloom.plan.plan import Plan, realize
 from seqloom.plan.price import Machine
@@ -76,7 +76,7 @@ def test_strategies_of_a_mesh_are_the_products_over_its_axes(family):
 
 def attention_of(family: str) -> tuple[Region, Cluster]:
     (region,) = [region for key, region in tiny(family, 2).parts.items() if key]
-    (attention,) = [part for part in region.parts if part.nodes[0].op == ATTENTION]
+    (attention,) = [part for part in region.parts if part.nodes[0].op == PLAIN]
     return region, attention
 
 
@@ -193,7 +193,7 @@ def test_forced_sp_and_cp_split_the_sequence_of_every_linear(family, force, rank
     seen = 0
     for _, cluster, weights, outputs in rows(forced(family, force, ranks)):
         assert weights <= {"B"}
-        if cluster.nodes[0].op == ATTENTION:
+        if cluster.nodes[0].op == PLAIN:
             assert outputs and outputs <= attention
             seen += 1
         elif weights:
@@ -204,7 +204,7 @@ def test_forced_sp_and_cp_split_the_sequence_of_every_linear(family, force, rank
 def test_forced_cp_gathers_keys_and_values_and_no_queries():
     """Each rank's queries stay; its attention is told where they start and reads all keys and values."""
     planned = forced("llama", "cp2").regions["LlamaDecoderLayer"]
-    (attention,) = [c for c in planned.clusters if c.cluster.nodes[0].op == ATTENTION]
+    (attention,) = [c for c in planned.clusters if c.cluster.nodes[0].op == PLAIN]
     query, key, value = attention.cluster.nodes[0].inputs
     assert attention.strategy.layouts[query] == (S(2),)
     assert attention.strategy.layouts[key] == attention.strategy.layouts[value] == (B,), "every rank's use adds to their gradients"

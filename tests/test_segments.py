@@ -7,8 +7,8 @@ import keyword
 import pytest
 from plan_samples import Sketch, tiny
 
+from seqloom.capture.documents import PLAIN
 from seqloom.plan.clusters import clusters
-from seqloom.plan.labels import ATTENTION
 from seqloom.plan.regions import Region
 from seqloom.plan.segments import segments
 
@@ -38,7 +38,7 @@ def test_attention_is_never_recomputed_and_all_else_may_be(family):
     for region in blocks(family):
         for segment in region.segments:
             ops = [node.op for part in region.parts[segment.start : segment.stop] for node in part.nodes]
-            assert segment.recomputable == (ATTENTION not in ops)
+            assert segment.recomputable == (PLAIN not in ops)
         assert sum(segment.recomputable for segment in region.segments) >= 2
         assert sum(not segment.recomputable for segment in region.segments) == 1
 

@@ -130,10 +130,10 @@ def write_hf_folder(
     config: Mapping[str, Any],
     *,
     dtype: str = "bfloat16",
-    tokenizer_folder: Path | None = None,
+    beside: Sequence[Path] = (),
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Write weights, index, config, generation config and tokenizer into an existing empty `folder`.
+    """Write weights, index, config and generation config into an existing empty `folder`, and copy the files `beside` them there.
 
     `names` maps the names written to the names in `reader`, in the order of writing. Floating-point tensors become `dtype`; they pass
     through memory in batches of rows. A shard holds at most `max_shard_bytes` (one larger tensor gets a shard of its own).
@@ -152,7 +152,7 @@ def write_hf_folder(
     _write_json(folder / "config.json", {**{k: v for k, v in config.items() if k != "torch_dtype"}, "dtype": dtype})
     generation = {"_from_model_config": True, **{key: config[key] for key in _GENERATION_KEYS if config.get(key) is not None}}
     _write_json(folder / "generation_config.json", generation)
-    for path in tokenizer_files(tokenizer_folder) if tokenizer_folder is not None else ():
+    for path in beside:
         (folder / path.name).write_bytes(path.read_bytes())
 
 

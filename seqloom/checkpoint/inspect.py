@@ -1,6 +1,7 @@
 """Look at checkpoints: list those of a run, verify one, show what is in one.
 
-Role in the pipeline: `python -m seqloom checkpoint {list, verify, show}` prints what these functions return, line by line.
+Role in the pipeline: `python -m seqloom checkpoint {list, verify, show}` prints what these functions return, line by line; `compare` is
+the fourth of these commands.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from pathlib import Path
 
 from seqloom.checkpoint import folders
 from seqloom.checkpoint.manifest import Manifest
-from seqloom.checkpoint.read import find_checkpoint, open_checkpoint
-from seqloom.checkpoint.reader import StepReader
+from seqloom.checkpoint.read import find_checkpoint
+from seqloom.checkpoint.reader import StepReader, open_checkpoint
 from seqloom.checkpoint.verify import damage
 from seqloom.errors import UserError
 
@@ -41,7 +42,7 @@ def verify_checkpoint(path: Path) -> str:
 
     Raises `UserError` naming the file and the digests when it is not.
     """
-    path = _newest(path)
+    path = newest(path)
     problem = damage(path)
     if problem is not None:
         raise UserError(f"{path} is damaged ({problem}): restore it from a good copy, or use another checkpoint")
@@ -50,7 +51,7 @@ def verify_checkpoint(path: Path) -> str:
 
 def show_checkpoint(path: Path) -> Iterator[str]:
     """Lines about one checkpoint: step, plan, mesh, training state, and its tensors with shape, dtype and number of pieces."""
-    path = _newest(path)
+    path = newest(path)
     reader, state = open_checkpoint(path)
     reader.close()
     yield f"{path}: {_summary(reader.manifest) if isinstance(reader, StepReader) else 'a merged file'}"
@@ -68,7 +69,7 @@ def show_checkpoint(path: Path) -> Iterator[str]:
         yield f"  {kind} in all: {elements:,} elements, {nbytes / _GIB:.3f} GiB"
 
 
-def _newest(path: Path) -> Path:
+def newest(path: Path) -> Path:
     """The checkpoint meant by a path: itself, or the newest step of a run folder, good or not."""
     steps = [] if folders.is_step_folder(path) else folders.steps(path)
     return folders.step_folder(path, steps[-1]) if steps else find_checkpoint(str(path), path) or path

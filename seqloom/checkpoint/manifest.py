@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from seqloom.checkpoint.digest import BLOCK_BYTES, HASH, HEX_LENGTH, BlockCheck, hash_bytes, root_digest
+from seqloom.checkpoint.digest import BLOCK_BYTES, HASH, HEX_LENGTH, hash_bytes, root_digest
 from seqloom.checkpoint.slices import Box
-from seqloom.checkpoint.tensorfile import DTYPES, TensorInfo, dtype_name
+from seqloom.checkpoint.tensorfile import DTYPES, TensorInfo, dtype_name, is_shape
 from seqloom.errors import UserError
 
 FORMAT = "seqloom-checkpoint"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 _DIGEST_LINE = b'\n "digest": "%s"\n}\n'
 
@@ -35,10 +35,6 @@ class FileEntry:
     def digest(self) -> str:
         """The digest of the whole file."""
         return root_digest(self.blocks)
-
-    def checks(self, path: Path) -> list[BlockCheck]:
-        """The blocks to check of this file at `path`."""
-        return [BlockCheck(path, index, digest) for index, digest in enumerate(self.blocks)]
 
 
 @dataclass(frozen=True)
@@ -117,16 +113,23 @@ class Manifest:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path} is damaged ({error}): use another checkpoint or a good copy of this one") from error
 
-    def wrong_sizes(self, folder: Path) -> Iterator[str]:
-        """A sentence part for every file of `folder` that is missing or has another size."""
+    def wrong_sizes(self, folder: Path, places: Mapping[str, Path] | None = None) -> Iterator[str]:
+        """A sentence part for every file of `folder` that is missing, is a link out of it, or has another size.
+
+        A file that `places` names is looked for in that folder instead.
+        """
         for name, entry in self.files.items():
+            home = (places or {}).get(name, folder)
             try:
-                found = os.stat(folder / name).st_size
+                found = os.stat(home / name).st_size
+                inside = Path(os.path.realpath(home / name)).is_relative_to(os.path.realpath(home))
             except OSError as error:
                 yield f"{name} is missing" if isinstance(error, FileNotFoundError) else f"{name}: {error.strerror}"
-            else:
-                if found != entry.nbytes:
-                    yield f"{name} has {found} bytes, the manifest says {entry.nbytes}"
+                continue
+            if not inside:
+                yield f"{name} is a link that leaves the folder"
+            elif found != entry.nbytes:
+                yield f"{name} has {found} bytes, the manifest says {entry.nbytes}"
 
 
 def _dump(value: Any) -> str:
@@ -147,11 +150,11 @@ def _file_from_json(name: str, entry: dict[str, Any]) -> FileEntry:
 
 def _tensor_from_json(name: str, entry: dict[str, Any], files: Mapping[str, FileEntry]) -> TensorEntry:
     info = TensorInfo(tuple(entry["shape"]), DTYPES[entry["dtype"]])
-    _require(all(map(_is_size, info.shape)), f"the shape of {name}")
+    _require(is_shape(info.shape), f"the shape of {name}")
     pieces = []
     for piece in entry["pieces"]:
         box = Box(tuple(piece["offsets"]), tuple(piece["sizes"]))
-        _require(all(map(_is_size, (*box.offsets, *box.sizes))) and len(box.offsets) == len(info.shape), f"a slice of {name}")
+        _require(all(map(_is_size, box.offsets)) and is_shape(box.sizes) and len(box.offsets) == len(info.shape), f"a slice of {name}")
         fits = all(o + n <= size for o, n, size in zip(box.offsets, box.sizes, info.shape, strict=True))
         _require(fits, f"a slice of {name} lies outside its shape")
         _require(piece["file"] in files, f"{name} is in {piece['file']!r}, which is not a file of this checkpoint")

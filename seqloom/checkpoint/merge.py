@@ -28,6 +28,7 @@ from seqloom.checkpoint.verify import damage, digest_place
 from seqloom.errors import UserError
 
 MODEL_PREFIX = "model."
+_BESIDE = frozenset(f"hf/{name}" for name in TOKENIZER_FILES)
 _SLACK_BYTES = 2**20
 
 
@@ -43,11 +44,12 @@ class MergeReport:
 def resolve_source(ckpt_dir: Path, *, verify: bool = True) -> Path:
     """The step folder that `ckpt_dir` means: itself, the newest good step of a run folder, or of the only run in a folder of runs.
 
-    Raises `UserError` when there is no checkpoint, several runs (listed), or no good one.
+    A folder without steps whose subfolders have manifests counts as one step, collected from several machines. Raises `UserError` when
+    there is no checkpoint, several runs (listed), or no good one.
     """
     if not ckpt_dir.is_dir():
         raise UserError(f"--ckpt_dir {ckpt_dir} is not a folder: give a step folder, a run folder or the folder of runs")
-    if folders.is_step_folder(ckpt_dir):
+    if folders.is_step_folder(ckpt_dir) or (not folders.steps(ckpt_dir) and folders.collected_parts(ckpt_dir)):
         problem = damage(ckpt_dir, digests=verify)
         if problem is not None:
             raise UserError(f"{ckpt_dir} is damaged ({problem}): put a good copy in its place or merge another step")
@@ -83,15 +85,14 @@ def merge(
     if hf_output is not None:
         _require_writable_folder(hf_output)
     source = resolve_source(ckpt_dir, verify=verify)
-    manifest = Manifest.read(source)
-    reader = StepReader(source, manifest)
+    reader = StepReader(folders.open_step(source))
     report = MergeReport(source)
     try:
         if hf_output is not None:
-            config = _model_config(source, manifest)
+            config = _model_config(reader)
             chosen, reason = _choose_dtype(dtype, config)
             report = MergeReport(source, chosen, reason)
-            _check_space(hf_output, hf_nbytes(reader, _model_names(manifest), WRITTEN_DTYPES[chosen]))
+            _check_space(hf_output, hf_nbytes(reader, _model_names(reader.manifest), WRITTEN_DTYPES[chosen]))
         if output_fname is not None:
             merge_to_file(reader, output_fname)
         if hf_output is not None:
@@ -109,7 +110,7 @@ def merge_to_file(reader: StepReader, output: Path) -> None:
         "version": VERSION,
         "step": manifest.step,
         "versions": {"seqloom": seqloom.__version__, "torch": torch.__version__},
-        "model_config": _model_config(reader.folder, manifest) if "hf/config.json" in manifest.files else None,
+        "model_config": _model_config(reader) if "hf/config.json" in manifest.files else None,
         "state": dict(manifest.state),
     }
     metadata = {MERGED_KEY: json.dumps(document, separators=(",", ":")), DIGEST_KEY: NO_DIGEST}
@@ -136,8 +137,8 @@ def merge_to_hf(reader: StepReader, output: Path, config: Mapping[str, Any], dty
     def write(staging: Path) -> None:
         staging.mkdir()
         names = _model_names(reader.manifest)
-        tokenizer = reader.folder / "hf"
-        write_hf_folder(staging, reader, names, config, dtype=dtype, tokenizer_folder=tokenizer, max_shard_bytes=max_shard_bytes)
+        beside = [reader.step.file(name) for name in reader.manifest.files if name in _BESIDE]
+        write_hf_folder(staging, reader, names, config, dtype=dtype, beside=beside, max_shard_bytes=max_shard_bytes)
         for path in staging.iterdir():
             folders.sync(path)
         folders.sync(staging)
@@ -175,10 +176,12 @@ def _model_names(manifest: Manifest) -> dict[str, str]:
     return {name: source for name, source in names.items() if name not in tied}
 
 
-def _model_config(source: Path, manifest: Manifest) -> dict[str, Any]:
-    if "hf/config.json" not in manifest.files:
-        raise UserError(f"{source} was saved without the model's config.json, so no Hugging Face folder can be made: use --output_fname")
-    return json.loads((source / "hf/config.json").read_text())
+def _model_config(reader: StepReader) -> dict[str, Any]:
+    if "hf/config.json" not in reader.manifest.files:
+        raise UserError(
+            f"{reader.folder} was saved without the model's config.json, so no Hugging Face folder can be made: use --output_fname"
+        )
+    return json.loads(reader.step.file("hf/config.json").read_text())
 
 
 def _choose_dtype(asked: str | None, config: Mapping[str, Any]) -> tuple[str, str]:

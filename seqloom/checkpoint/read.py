@@ -14,13 +14,17 @@ from typing import Any
 import torch
 
 from seqloom.checkpoint import folders, group
-from seqloom.checkpoint.manifest import Manifest
-from seqloom.checkpoint.reader import MergedReader, StepReader, TensorReader
+from seqloom.checkpoint.fill import Wanted, fill, fill_checked, spoil
+from seqloom.checkpoint.reader import CheckedReader, TensorReader, open_checkpoint
 from seqloom.checkpoint.verify import damage
 from seqloom.errors import UserError
 
 _log = logging.getLogger(__name__)
 _SHOWN = 3
+
+
+class DamagedError(UserError):
+    """A checkpoint is not what was written."""
 
 
 def find_checkpoint(path_or_last: str, run_folder: Path, *, verify: bool = True) -> Path | None:
@@ -63,18 +67,42 @@ def newest_good(run_folder: Path, *, verify: bool = True) -> Path | None:
     return None
 
 
+def load_newest(
+    run_folder: Path, tensors: Mapping[str, torch.Tensor], *, verify: bool = True, strict: bool = True
+) -> tuple[Path, dict[str, Any]] | None:
+    """Load the newest good checkpoint of a run: its folder and training state, or None where the run has no step folder. Collective.
+
+    The same as `find_checkpoint("last")` and then `load_checkpoint`, but the bytes are read once: a checkpoint that turns out damaged
+    while it fills the tensors is named in a warning and the one before it fills them anew. Raises `UserError` as both do.
+    """
+    problem = ""
+    for folder in reversed([folders.step_folder(run_folder, step) for step in group.gather_json(folders.steps(run_folder))[0]]):
+        try:
+            state = load_checkpoint(folder, tensors, verify=verify, strict=strict)
+        except DamagedError as error:
+            problem = str(error)
+            if group.rank() == 0:
+                _log.warning("%s", problem)
+            continue
+        if problem and group.rank() == 0:
+            _log.warning("using the previous good checkpoint %s", folder)
+        return folder, state
+    if problem:
+        raise UserError(f"no checkpoint of {run_folder} is good ({problem}): restore one, or move them away to start from scratch")
+    return None
+
+
 def load_checkpoint(path: Path, tensors: Mapping[str, torch.Tensor], *, verify: bool = True, strict: bool = True) -> dict[str, Any]:
     """Fill `tensors` in place from a step folder or a merged file; returns the training state. Collective over the default group.
 
     `tensors` is named as in `save_checkpoint`; each may be plain or a DTensor of any placement, on any device. With `strict` the
     names must be the checkpoint's, those of all ranks together; without it the common ones are filled. Raises `UserError` on all
-    ranks when a file is damaged or missing (sizes and digests are checked unless `verify` is False), or when a name, shape or dtype
-    differs; nothing has been filled then.
+    ranks when a name, shape or dtype differs or the manifest or a file's size is wrong; nothing has been filled then. Bytes are read
+    once and hashed on the way: when a digest is wrong (unless `verify` is False) or a file cannot be read, `UserError` is raised on all
+    ranks and every tensor is full of NaN (integers: their least value), so that nothing can go on from what was filled.
     """
     doing = f"loading {path}"
-    problem = damage(path, digests=verify)
-    if problem is not None:
-        raise UserError(f"{path} is damaged ({problem}): resume from another checkpoint, or put a good copy in its place")
+    _refuse(path, damage(path, digests=False))
     reader, state = open_checkpoint(path)
     try:
         unwanted = group.attempt(doing, lambda: _match(path, reader, tensors, state, strict))
@@ -83,19 +111,38 @@ def load_checkpoint(path: Path, tensors: Mapping[str, torch.Tensor], *, verify: 
             raise UserError(
                 f"{path} holds tensors that the program does not have: {_some(sorted(unexpected))}; load it with the same model"
             )
-        group.attempt(doing, lambda: _fill(reader, tensors, state))
+        wanted = _in_stored_order(reader, tensors, state)
+        try:
+            _refuse(path, _fill_checked(doing, reader, path, wanted) if verify else fill(doing, reader, wanted))
+        except BaseException:
+            spoil(tensors.values())
+            raise
     finally:
         reader.close()
     return state
 
 
-def open_checkpoint(path: Path) -> tuple[TensorReader, dict[str, Any]]:
-    """A reader of a step folder or merged file, and the training state. Digests are not checked."""
-    if path.is_dir():
-        manifest = Manifest.read(path)
-        return StepReader(path, manifest), dict(manifest.state)
-    reader = MergedReader(path)
-    return reader, reader.header["state"]
+def _fill_checked(doing: str, reader: CheckedReader, path: Path, wanted: list[Wanted]) -> str | None:
+    """Fill and hash in one pass; where that fails on some rank, which is then known to all, look for damage, which is the better reason."""
+    try:
+        return fill_checked(doing, reader, path, wanted)
+    except Exception:
+        problem = damage(path)
+        if problem is None:
+            raise
+        return problem
+
+
+def _refuse(path: Path, problem: str | None) -> None:
+    if problem is not None:
+        raise DamagedError(f"{path} is damaged ({problem}): resume from another checkpoint, or put a good copy in its place")
+
+
+def _in_stored_order(reader: TensorReader, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> list[Wanted]:
+    """What to fill from which stored tensor, in the order of the files, which is that of the manifest."""
+    order = {name: number for number, name in enumerate(reader)}
+    pairs = [Wanted(source, tensor) for name, tensor in tensors.items() if (source := _stored_name(name, reader, state)) in reader]
+    return sorted(pairs, key=lambda pair: order[pair.source])
 
 
 def _stored_name(name: str, reader: TensorReader, state: Mapping[str, Any]) -> str:
@@ -122,13 +169,6 @@ def _match(path: Path, reader: TensorReader, tensors: Mapping[str, torch.Tensor]
     if differing:
         raise UserError(f"{path} was made by another model or precision: {_some(differing)}; use the same configuration")
     return sorted(set(reader) - set(stored.values()))
-
-
-def _fill(reader: TensorReader, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
-    for name, tensor in tensors.items():
-        source = _stored_name(name, reader, state)
-        if source in reader:
-            reader.fill(source, tensor)
 
 
 def _some(names: list[str]) -> str:

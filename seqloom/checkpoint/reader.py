@@ -10,13 +10,15 @@ import json
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from seqloom.checkpoint.digest import HEX_LENGTH
-from seqloom.checkpoint.manifest import FORMAT, VERSION, Manifest
+from seqloom.checkpoint.folders import StepFolder, open_step
+from seqloom.checkpoint.manifest import FORMAT, VERSION, Manifest, Piece
 from seqloom.checkpoint.slices import Box, cover, local_boxes, local_tensor
 from seqloom.checkpoint.tensorfile import TensorFile, TensorInfo
 from seqloom.errors import UserError
@@ -25,6 +27,16 @@ MERGED_KEY = "seqloom"
 DIGEST_KEY = "digest"
 NO_DIGEST = "0" * HEX_LENGTH
 ROW_BATCH_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Where a wanted part of a tensor lies: a file of the checkpoint, from its first byte there to its end, and how many bytes it has."""
+
+    file: str
+    first: int
+    end: int
+    nbytes: int
 
 
 class TensorReader(Mapping[str, TensorInfo]):
@@ -62,13 +74,34 @@ class TensorReader(Mapping[str, TensorInfo]):
         """Close the files."""
 
 
-class StepReader(TensorReader):
+class CheckedReader(TensorReader):
+    """A reader of files whose digests are known: it can tell which bytes a slice needs, and look at its files while they are read."""
+
+    @abstractmethod
+    def extents(self, name: str, wanted: Box) -> Iterator[Extent]:
+        """Where the parts of a slice lie; nothing but headers is read."""
+
+    @abstractmethod
+    def file(self, name: str) -> TensorFile:
+        """A file of the checkpoint, opened."""
+
+
+class StepReader(CheckedReader):
     """The tensors of a step folder, put together from the pieces of its manifest."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self.folder = folder
-        self.manifest = manifest
+    def __init__(self, step: StepFolder) -> None:
+        self.step = step
         self._files: dict[str, TensorFile] = {}
+
+    @property
+    def folder(self) -> Path:
+        """The step folder."""
+        return self.step.path
+
+    @property
+    def manifest(self) -> Manifest:
+        """Its manifest."""
+        return self.step.manifest
 
     def __getitem__(self, name: str) -> TensorInfo:
         return self.manifest.tensors[name].info
@@ -81,28 +114,43 @@ class StepReader(TensorReader):
 
     def read_slice(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
         """See `TensorReader`; raises `UserError` where a shard file is missing or disagrees with the manifest."""
-        entry, wanted = self.manifest.tensors[name], Box(tuple(offsets), tuple(sizes))
-        try:
-            parts = cover(wanted, [piece.box for piece in entry.pieces])
-        except ValueError as error:
-            raise UserError(f"{self.folder}: the manifest has no whole {name} ({error}): use another checkpoint") from error
-        result = torch.empty(wanted.sizes, dtype=entry.info.dtype)
-        for index, common in parts:
-            piece = entry.pieces[index]
+        wanted = Box(tuple(offsets), tuple(sizes))
+        parts = [(self._holding(name, piece), piece, common) for piece, common in self._parts(name, wanted)]
+        result = torch.empty(wanted.sizes if len(parts) != 1 else 0, dtype=self[name].dtype)  # the files have been found as large
+        for file, piece, common in parts:
             inside = common.within(piece.box)
-            stored = self._file_of(name, index).read_slice(piece.key, inside.offsets, inside.sizes)
+            stored = file.read_slice(piece.key, inside.offsets, inside.sizes)
             if len(parts) == 1:
                 return stored
             common.within(wanted).narrow(result).copy_(stored)
         return result
 
-    def _file_of(self, name: str, index: int) -> TensorFile:
-        entry = self.manifest.tensors[name]
-        piece = entry.pieces[index]
-        if piece.file not in self._files:
-            self._files[piece.file] = TensorFile(self.folder / piece.file)
-        file = self._files[piece.file]
-        expected = TensorInfo(piece.box.sizes, entry.info.dtype)
+    def extents(self, name: str, wanted: Box) -> Iterator[Extent]:
+        """See `CheckedReader`."""
+        for piece, common in self._parts(name, wanted):
+            if common.numel:
+                first, end = self._holding(name, piece).extent(piece.key, common.within(piece.box))
+                yield Extent(piece.file, first, end, common.numel * self[name].dtype.itemsize)
+
+    def file(self, name: str) -> TensorFile:
+        """See `CheckedReader`."""
+        if name not in self._files:
+            self._files[name] = TensorFile(self.step.file(name))
+        return self._files[name]
+
+    def _parts(self, name: str, wanted: Box) -> Iterator[tuple[Piece, Box]]:
+        """The pieces that meet a slice of a tensor, each with the common part."""
+        pieces = self.manifest.tensors[name].pieces
+        try:
+            for index, common in cover(wanted, [piece.box for piece in pieces]):
+                yield pieces[index], common
+        except ValueError as error:
+            raise UserError(f"{self.folder}: the manifest has no whole {name} ({error}): use another checkpoint") from error
+
+    def _holding(self, name: str, piece: Piece) -> TensorFile:
+        """The shard file of a piece, after a look at whether it holds what the manifest says."""
+        file = self.file(piece.file)
+        expected = TensorInfo(piece.box.sizes, self[name].dtype)
         if file.get(piece.key) != expected:
             raise UserError(f"{file.path} holds {file.get(piece.key)} as {piece.key}, the manifest says {expected}: use another checkpoint")
         return file
@@ -114,7 +162,7 @@ class StepReader(TensorReader):
         self._files.clear()
 
 
-class MergedReader(TensorReader):
+class MergedReader(CheckedReader):
     """A merged file: every tensor whole, `header` the JSON document of its metadata (step, versions, state, model config)."""
 
     def __init__(self, path: Path) -> None:
@@ -143,9 +191,27 @@ class MergedReader(TensorReader):
         """See `TensorReader`."""
         return self._file.read_slice(name, offsets, sizes)
 
+    def extents(self, name: str, wanted: Box) -> Iterator[Extent]:
+        """See `CheckedReader`."""
+        if wanted.numel:
+            yield Extent(self._file.path.name, *self._file.extent(name, wanted), wanted.numel * self[name].dtype.itemsize)
+
+    def file(self, name: str) -> TensorFile:
+        """See `CheckedReader`; there is one file."""
+        return self._file
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def open_checkpoint(path: Path) -> tuple[CheckedReader, dict[str, Any]]:
+    """A reader of a step folder or merged file, and the training state. Digests are not checked."""
+    if path.is_dir():
+        step = open_step(path)
+        return StepReader(step), dict(step.manifest.state)
+    reader = MergedReader(path)
+    return reader, reader.header["state"]
 
 
 def is_merged_file(path: Path) -> bool:

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from seqloom.checkpoint.digest import BlockHasher, read_exactly, read_into
+from seqloom.checkpoint.digest import CHUNK_BYTES, BlockHasher, read_exactly, read_into
 from seqloom.checkpoint.slices import Box
+from seqloom.checkpoint.stream import BlockStream
 from seqloom.errors import UserError
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -55,6 +56,11 @@ class TensorInfo(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of the whole tensor."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def is_shape(sizes: Sequence[object]) -> bool:
+    """Whether these are sizes that a tensor can have: whole numbers whose product fits 64 bits, zeros aside."""
+    return all(type(n) is int and n >= 0 for n in sizes) and math.prod(n or 1 for n in sizes) < 2**63
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -102,10 +108,13 @@ class TensorFileWriter:
             self._write(memoryview(part.view(torch.uint8).numpy()))
 
     def _write(self, view: memoryview) -> None:
-        self._hasher.update(view)
         self._written += len(view)
         while len(view):
-            view = view[self._file.write(view) :]
+            chunk = view[:CHUNK_BYTES]
+            self._hasher.update(chunk)  # first, so that the write finds it in the processor's cache
+            view = view[len(chunk) :]
+            while len(chunk):
+                chunk = chunk[self._file.write(chunk) :]
 
     def finish(self) -> None:
         """Flush to disk; raises `RuntimeError` when fewer or more bytes came than the header promised."""
@@ -130,6 +139,14 @@ class _Entry:
     info: TensorInfo
     start: int
 
+    def extent(self, box: Box) -> tuple[int, int]:
+        """The first byte in the file, and the end, of a part of the tensor that has elements."""
+        strides = [math.prod(self.info.shape[dim + 1 :]) * self.info.dtype.itemsize for dim in range(len(self.info.shape))]
+        ends = zip(box.offsets, box.sizes, strides, strict=True)
+        last = sum((offset + size - 1) * stride for offset, size, stride in ends)
+        first = sum(offset * stride for offset, stride in zip(box.offsets, strides, strict=True))
+        return self.start + first, self.start + last + self.info.dtype.itemsize
+
 
 class TensorFile(Mapping[str, TensorInfo]):
     """One safetensors file: a mapping of names to `TensorInfo`, and slices read without the rest. Nothing in it is executed.
@@ -140,6 +157,7 @@ class TensorFile(Mapping[str, TensorInfo]):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.stream: BlockStream | None = None
         try:
             self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
         except OSError as error:
@@ -161,7 +179,7 @@ class TensorFile(Mapping[str, TensorInfo]):
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             info = TensorInfo(tuple(entry["shape"]), DTYPES[entry["dtype"]])
             start, end = entry["data_offsets"]
-            _require(all(type(n) is int and n >= 0 for n in (*info.shape, start, end)), f"sizes of {name}")
+            _require(is_shape(info.shape) and all(map(is_shape, ((start,), (end,)))), f"sizes of {name}")
             _require(start == expected and end - start == info.nbytes, f"bytes {start} to {end} for {name} of {info.nbytes} bytes")
             entries[name], expected = _Entry(info, 8 + length + start), end
         _require(8 + length + expected == total, f"{total} bytes where the header tells of {8 + length + expected}")
@@ -177,9 +195,10 @@ class TensorFile(Mapping[str, TensorInfo]):
         return len(self._entries)
 
     def read_slice(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
-        """The elements `offsets[d] : offsets[d] + sizes[d]` of a stored tensor, on the CPU; only their bytes are read.
+        """The elements `offsets[d] : offsets[d] + sizes[d]` of a stored tensor, on the CPU; only their bytes are read, through `stream`
+        where there is one.
 
-        Raises `KeyError` for an unknown name, `ValueError` for a slice outside the tensor.
+        Raises `KeyError` for an unknown name, `ValueError` for a slice outside the tensor, `UserError` where the file cannot be read.
         """
         info, start = self._entries[name].info, self._entries[name].start
         inside = all(min(o, n) >= 0 and o + n <= size for o, n, size in zip(offsets, sizes, info.shape, strict=True))
@@ -189,9 +208,25 @@ class TensorFile(Mapping[str, TensorInfo]):
         if result.numel():
             view = memoryview(result.reshape(-1).view(torch.uint8).numpy())
             for first, last, position in _byte_runs(info, Box(tuple(offsets), tuple(sizes))):
-                if read_into(self._file.fileno(), view[first:last], start + position) != last - first:
+                if self._read_into(view[first:last], start + position) != last - first:
                     raise UserError(f"{self.path} ended while {name} was being read: replace it with a good copy")
         return result
+
+    def _read_into(self, view: memoryview, offset: int) -> int:
+        try:
+            if self.stream is not None:
+                return self.stream.read_into(self._file.fileno(), view, offset)
+            return read_into(self._file.fileno(), view, offset)
+        except OSError as error:
+            raise UserError(f"cannot read {self.path}: {error.strerror}; replace it with a good copy") from error
+
+    def extent(self, name: str, box: Box) -> tuple[int, int]:
+        """Where a part of a stored tensor lies in the file, from its first byte to its end; the part has elements."""
+        return self._entries[name].extent(box)
+
+    def finish_stream(self) -> dict[int, str]:
+        """The digests of the blocks of `stream`, by index; what was not asked for of them is read now."""
+        return self.stream.finish(self._file.fileno()) if self.stream is not None else {}
 
     def read(self, name: str) -> torch.Tensor:
         """A whole stored tensor."""
