@@ -179,6 +179,12 @@ def test_room_for_a_checkpoint_is_looked_for_before_the_first_step(job):
     assert not read_log(job / "runs/no-room") if (job / "runs/no-room" / LOG_FILE).exists() else True
 
 
+def test_old_checkpoints_go_as_asked(job):
+    run_ranks(trained, 2, job, {"name": "tidy", "checkpoint_every": 1, "keep_last": 2, "keep_every": 3})
+    assert folders.steps(job / "checkpoints/tidy") == [3, 5, 6]
+    assert all(damage(job / f"checkpoints/tidy/step-{step}") is None for step in (3, 5, 6))
+
+
 # --- signals ---------------------------------------------------------------------------------------------------------------------------
 
 
@@ -362,7 +368,7 @@ def test_torchrun_restarts_a_killed_run_which_goes_on_by_itself(job):
     script.write_text(f"import sys; sys.path.insert(0, {str(Path(__file__).parent.parent)!r})\n{code}")
     run_ranks(trained, 2, job, {"name": "not-restarted"}, timeout=120)
     words = flags(job, **{**RUN, "name": "restarted"})
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1", str(script), *words]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3", str(script), *words]
     ended = subprocess.run(launch, capture_output=True, text=True, timeout=200)
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert "resuming from" in ended.stdout
@@ -407,10 +413,14 @@ def test_ranks_at_one_place_are_told_together():
     assert "rank 9 never said where it was" in said
 
 
-def test_a_watch_that_is_not_needed_says_nothing():
+def _watched(rank, world_size):
     ended = []
     with Watch(0.5, ended.append) as watch:
         for step in range(10):
             watch.beat(step, "computing")
             time.sleep(0.1)
-    assert ended == []
+    return ended
+
+
+def test_a_watch_that_is_not_needed_says_nothing():
+    assert run_ranks(_watched, 1) == [[]]

@@ -13,12 +13,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from seqloom.checkpoint import find_checkpoint, folders, group, load_checkpoint
 from seqloom.checkpoint.background import Saver
+from seqloom.checkpoint.keep import Judge, KeepRule, keep
 from seqloom.checkpoint.write import SLACK_BYTES, Beside
 from seqloom.errors import Stopped, UserError
 from seqloom.report.plan_page import write_plan_page
@@ -130,7 +132,9 @@ class _Loop:
         self.faults = run.config.faults
         self.parameters = [name for name, _ in run.model.named_parameters()]
         self.log = RunLog(run.config.log_folder, progress.step + 1, run.total_steps) if dist.get_rank() == 0 else NoLog()
-        self.saver = Saver(run.config.run_folder, background=run.config.output.async_checkpoint)
+        output = run.config.output
+        self.rule, self.judge = KeepRule(output.keep_last, output.keep_every), Judge()
+        self.saver = Saver(run.config.run_folder, background=output.async_checkpoint, after=self._tidy)
         self.watch = Watch(self.faults.timeout)
         self.saved = progress.step  # the last step that has a checkpoint
         self.skips = Skips(self.faults.max_skips if self.faults.nonfinite == "skip" else 0)
@@ -181,6 +185,14 @@ class _Loop:
             if folder is not None:
                 self.saved = folders.step_of(folder)
                 self.log.say(f"saved {folder}")
+
+    def _tidy(self, committed: Path) -> None:
+        """Remove the checkpoints that are not to be kept, now that there is a new one. In the thread that saves, on every rank."""
+        group.attempt("removing old checkpoints", lambda: self._remove_old(committed) if dist.get_rank() == 0 else None)
+
+    def _remove_old(self, committed: Path) -> None:
+        self.judge.trust(committed)
+        keep(committed.parent, self.rule, self.judge)
 
     @contextlib.contextmanager
     def _failing_as_asked(self) -> Iterator[None]:
