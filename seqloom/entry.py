@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from seqloom.errors import EXIT_USER_ERROR, UserError
+from seqloom.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError
 
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141  # as if ended by SIGPIPE: what a shell expects where `head` has read enough
@@ -21,7 +21,8 @@ def run(main: Callable[[], int | None]) -> None:
 
     `--debug` may stand anywhere among the flags; it is taken out of `sys.argv` before `main` reads them. With it every error keeps its
     traceback. Without it a `UserError` ends in `error: <sentence>` and exit code 2, Ctrl-C in exit code 130, and a reader
-    of our output that is gone in 141 without a word. Errors that are no mistake of the user's are never hidden.
+    of our output that is gone in 141 without a word. A run that was asked to stop says its sentence and ends in exit code 75. Errors that
+    are no mistake of the user's are never hidden.
     """
     debug = "--debug" in sys.argv[1:]
     if debug:
@@ -37,6 +38,9 @@ def run(main: Callable[[], int | None]) -> None:
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_USER_ERROR)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr, flush=True)
+        sys.exit(EXIT_STOPPED)
     except KeyboardInterrupt:
         if debug:
             raise

@@ -23,7 +23,20 @@ from pathlib import Path
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed._functional_collectives", "safetensors.torch"])
+_CONTEXT.set_forkserver_preload(  # what ranks import anyway, once for all of them
+    [
+        "torch",
+        "torch.distributed.fsdp",
+        "torch.distributed._functional_collectives",
+        "safetensors.torch",
+        "datasets",
+        "matplotlib.figure",
+        "torch.utils.tensorboard",
+        "transformers.models.llama.modeling_llama",
+        "seqloom.emit.pipeline",
+        "seqloom.trainer.loop",
+    ]
+)
 
 
 class RankError(AssertionError):
@@ -125,4 +138,5 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
+        os.write(2, b"the process that started this rank is gone\n")
         os._exit(1)

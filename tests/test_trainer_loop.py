@@ -302,7 +302,7 @@ def test_mistakes_are_one_sentence_on_every_rank(whole):
         "no data": "--dataset_path",
         "vocabulary": f"row {ROWS - 1} of {whole / 'foreign'} holds the token id 200",
         "stale": "grad_accumulation_steps was 2 and is now 3",
-        "spoiled": "so the run stopped before saving it",
+        "spoiled": "and the run stops without saving this step",
         "other data": f"had rows in the data set {ROWS}, this one has {ROWS // 2}",
     }
     for name, part in parts.items():

@@ -33,6 +33,11 @@ def step_folder(run_folder: Path, step: int) -> Path:
     return run_folder / f"step-{step}"
 
 
+def step_of(folder: Path) -> int:
+    """The step of a step folder, by its name."""
+    return int(folder.name.removeprefix("step-"))
+
+
 def steps(run_folder: Path) -> list[int]:
     """Steps that have a folder, oldest first, whatever is in them. Staging folders do not count."""
     if not run_folder.is_dir():

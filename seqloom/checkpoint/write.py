@@ -1,9 +1,9 @@
 """Save a checkpoint: every piece of state once, all files digested, committed in one rename or not at all.
 
-Role in the pipeline: the trainer calls `save_checkpoint` on all ranks with the tensors as they lie (plain or DTensor). Out comes
-`<run>/step-N/`: shard files, `manifest.json`, and in `hf/` what a merge needs. The steps: agree who writes what (`_assign`), rank 0
-prepares a staging folder, each rank writes its shards, rank 0 writes the manifest and commits. Each step ends in an agreement, so a
-failure on one rank is an error on all.
+Role in the pipeline: `save_checkpoint` on all ranks with the tensors as they lie (plain or DTensor), or `write_checkpoint` with pieces
+that were copied before. Out comes `<run>/step-N/`: shard files, `manifest.json`, and in `hf/` what a merge needs. The steps: agree who
+writes what (`assign`), rank 0 prepares a staging folder, each rank writes its shards, rank 0 writes the manifest and commits. Each step
+ends in an agreement, so a failure on one rank is an error on all.
 """
 
 from __future__ import annotations
@@ -12,47 +12,38 @@ import errno
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 import seqloom
 from seqloom.checkpoint import folders, group
+from seqloom.checkpoint.assign import Division, Job, divide, piece
 from seqloom.checkpoint.digest import BlockHasher
 from seqloom.checkpoint.huggingface import tokenizer_files
 from seqloom.checkpoint.manifest import MANIFEST, FileEntry, Manifest, Piece, TensorEntry
-from seqloom.checkpoint.slices import Box, local_boxes, local_tensor
-from seqloom.checkpoint.tensorfile import DTYPES, TensorFileWriter, TensorInfo, dtype_name
+from seqloom.checkpoint.slices import Box
+from seqloom.checkpoint.tensorfile import TensorFileWriter, TensorInfo
 from seqloom.checkpoint.verify import damage
 from seqloom.errors import UserError
 
 MAX_FILE_BYTES = 4 * 2**30
-_SLACK_BYTES = 4 * 2**20
+SLACK_BYTES = 4 * 2**20
 _log = logging.getLogger(__name__)
+
+PieceOf = Callable[[Job], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class _Job:
-    """One piece and the rank that writes it."""
+class Beside:
+    """What a checkpoint holds beside tensors: the training state (plain JSON, no NaN), the model's config, its tokenizer's files."""
 
-    name: str
-    box: Box
-    info: TensorInfo
-    owner: int
-
-    @property
-    def key(self) -> str:
-        """Name in the shard file: the tensor's own, and where the piece starts if it is only a part."""
-        return self.name if self.box.sizes == self.info.shape else f"{self.name}@{','.join(map(str, self.box.offsets))}"
-
-    @property
-    def stored(self) -> TensorInfo:
-        """Shape and dtype of the piece."""
-        return TensorInfo(self.box.sizes, self.info.dtype)
+    state: Mapping[str, Any]
+    model_config: Mapping[str, Any] | None = None
+    tokenizer_folder: Path | None = None
 
 
 def save_checkpoint(
@@ -71,59 +62,25 @@ def save_checkpoint(
     rank 0's is stored. Its optional entry `tied` maps aliases to parameter names; aliases are not stored. `model_config` and the
     tokenizer's files go to `hf/`. Raises `UserError` on all ranks when the step exists already, the disk is too small, or any rank fails.
     """
+    division = divide(f"saving step {step} in {run_folder}", tensors, state)
+    beside = Beside(state, model_config, tokenizer_folder)
+    return write_checkpoint(run_folder, step, division, lambda job: piece(tensors[job.name], job.box), beside)
+
+
+def write_checkpoint(run_folder: Path, step: int, division: Division, piece_of: PieceOf, beside: Beside) -> Path:
+    """`save_checkpoint` of a division made before: `piece_of` gives the tensors of this rank's jobs, from any device. Collective."""
     doing = f"saving step {step} in {run_folder}"
-    tied = set(state.get("tied") or {})
-    tensors = {name: tensor for name, tensor in tensors.items() if name.removeprefix("model.") not in tied}
-    proposals = group.attempt(doing, lambda: _propose(tensors))
-    jobs, infos = _assign(proposals)
-    needed = sum(job.stored.nbytes for job in jobs) + _SLACK_BYTES
+    needed = division.nbytes + SLACK_BYTES
     target = folders.step_folder(run_folder, step)
     _refuse_existing(target)
     staging = Path(group.attempt(doing, lambda: _prepare(target, needed) if group.rank() == 0 else None)[0])
     try:
-        mine = [job for job in jobs if job.owner == group.rank()]
-        written = group.attempt(doing, lambda: _write_shards(staging, group.rank(), mine, tensors, needed))
-        group.attempt(doing, lambda: _finish(staging, target, step, infos, written, state, model_config, tokenizer_folder))
+        written = group.attempt(doing, lambda: _write_shards(staging, group.rank(), division.mine(), piece_of, needed))
+        group.attempt(doing, lambda: _finish(staging, target, step, division.infos, written, beside))
     except BaseException:
         _discard(staging)
         raise
     return target
-
-
-def _propose(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """What this rank holds, as JSON: per tensor dtype, shape, whether it is plain, and its boxes."""
-    answer = {}
-    for name, tensor in tensors.items():
-        boxes = [(box.part.offsets, box.part.sizes) for box in local_boxes(tensor)]
-        answer[name] = (dtype_name(tensor.dtype), tuple(tensor.shape), isinstance(tensor, DTensor), boxes)
-    return answer
-
-
-def _assign(proposals: Sequence[Mapping[str, Any]]) -> tuple[list[_Job], dict[str, TensorInfo]]:
-    """Who writes which piece: of the ranks that hold it, the one with the fewest bytes so far. The same on every rank.
-
-    Plain tensors go to the first rank that has them. Raises `UserError` where ranks disagree or pieces leave gaps or overlap.
-    """
-    infos: dict[str, TensorInfo] = {}
-    holders: dict[str, dict[Box, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for rank, proposal in enumerate(proposals):
-        for name, (dtype, shape, is_split, boxes) in proposal.items():
-            info = TensorInfo(tuple(shape), DTYPES[dtype])
-            if infos.setdefault(name, info) != info:
-                raise UserError(f"cannot save {name}: rank {rank} has {info}, an earlier rank {infos[name]}; all ranks need the same shape")
-            for offsets, sizes in boxes:
-                ranks = holders[name][Box(tuple(offsets), tuple(sizes))]
-                if is_split or not ranks:
-                    ranks.append(rank)
-    load, jobs = [0] * len(proposals), []
-    for name, info in infos.items():
-        if sum(box.numel for box in holders[name]) * info.dtype.itemsize != info.nbytes:
-            raise UserError(f"cannot save {name}: the parts that the ranks hold do not make up its shape {info.shape} exactly once")
-        for box, ranks in sorted(holders[name].items()):
-            owner = min(ranks, key=lambda rank: (load[rank], rank))
-            jobs.append(_Job(name, box, info, owner))
-            load[owner] += jobs[-1].stored.nbytes
-    return jobs, infos
 
 
 def _refuse_existing(target: Path) -> None:
@@ -149,9 +106,7 @@ def _prepare(target: Path, needed: int) -> str:
         raise UserError(f"cannot write in {target.parent}: {error.strerror}; choose a folder that can be written") from error
 
 
-def _write_shards(
-    staging: Path, rank: int, jobs: Sequence[_Job], tensors: Mapping[str, torch.Tensor], needed: int
-) -> dict[str, dict[str, Any]]:
+def _write_shards(staging: Path, rank: int, jobs: Sequence[Job], piece_of: PieceOf, needed: int) -> dict[str, dict[str, Any]]:
     """This rank's shard files, each of about `MAX_FILE_BYTES` at most; file name -> bytes, blocks and the keys in it."""
     answer = {}
     for number, part in enumerate(_split(jobs)):
@@ -159,7 +114,7 @@ def _write_shards(
         try:
             with TensorFileWriter(staging / name, {job.key: job.stored for job in part}, {"format": "pt"}) as writer:
                 for job in part:
-                    writer.append(_piece(tensors[job.name], job.box))
+                    writer.append(piece_of(job))
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -170,8 +125,8 @@ def _write_shards(
     return answer
 
 
-def _split(jobs: Sequence[_Job]) -> Iterable[list[_Job]]:
-    part: list[_Job] = []
+def _split(jobs: Sequence[Job]) -> Iterable[list[Job]]:
+    part: list[Job] = []
     filled = 0
     for job in jobs:
         if part and filled + job.stored.nbytes > MAX_FILE_BYTES:
@@ -183,21 +138,13 @@ def _split(jobs: Sequence[_Job]) -> Iterable[list[_Job]]:
         yield part
 
 
-def _piece(tensor: torch.Tensor, box: Box) -> torch.Tensor:
-    """The part of this rank's local tensor that lies at `box` of the global one."""
-    place = next(held.place for held in local_boxes(tensor) if held.part == box)
-    return place.narrow(local_tensor(tensor))
-
-
 def _finish(
     staging: Path,
     target: Path,
     step: int,
     infos: Mapping[str, TensorInfo],
     written: Sequence[Mapping[str, Any]],
-    state: Mapping[str, Any],
-    model_config: dict | None,
-    tokenizer_folder: Path | None,
+    beside: Beside,
 ) -> None:
     """Rank 0: write `hf/`, then the manifest, then commit."""
     if group.rank() != 0:
@@ -208,10 +155,10 @@ def _finish(
             files[name] = FileEntry(entry["bytes"], tuple(entry["blocks"]))
             for tensor, key, offsets, sizes in entry["pieces"]:
                 pieces[tensor].append(Piece(name, key, Box(tuple(offsets), tuple(sizes))))
-    files.update(_write_hf(staging, model_config, tokenizer_folder))
+    files.update(_write_hf(staging, beside))
     entries = {name: TensorEntry(info, tuple(sorted(pieces[name], key=lambda piece: piece.box))) for name, info in infos.items()}
     versions = {"seqloom": seqloom.__version__, "torch": torch.__version__}
-    manifest = Manifest(step, group.world_size(), files, entries, state, versions)
+    manifest = Manifest(step, group.world_size(), files, entries, beside.state, versions)
     unseen = next(manifest.wrong_sizes(staging), None)
     if unseen is not None:
         raise UserError(f"{staging}: {unseen} as rank 0 sees it: the run folder must be on a file system that all machines share")
@@ -223,13 +170,13 @@ def _finish(
     folders.commit(staging, target)
 
 
-def _write_hf(staging: Path, model_config: dict | None, tokenizer_folder: Path | None) -> dict[str, FileEntry]:
+def _write_hf(staging: Path, beside: Beside) -> dict[str, FileEntry]:
     """Copy what a Hugging Face folder needs beside the weights into `hf/`."""
     contents: dict[str, bytes] = {}
-    if tokenizer_folder is not None:
-        contents.update({path.name: path.read_bytes() for path in tokenizer_files(tokenizer_folder)})
-    if model_config is not None:
-        contents["config.json"] = (json.dumps(model_config, indent=2, sort_keys=True) + "\n").encode()
+    if beside.tokenizer_folder is not None:
+        contents.update({path.name: path.read_bytes() for path in tokenizer_files(beside.tokenizer_folder)})
+    if beside.model_config is not None:
+        contents["config.json"] = (json.dumps(beside.model_config, indent=2, sort_keys=True) + "\n").encode()
     if contents:
         (staging / "hf").mkdir()
     entries = {}

@@ -110,11 +110,12 @@ def read_training(run_folder: Path, plan: Mapping[str, Any], plan_file: Path) ->
 
 
 def _record(line: str) -> dict[str, Any] | None:
-    """A line of the log; None for an empty one or one that was cut off when a run was killed."""
+    """The record of a step; None for a skipped step, an empty line, or one that was cut off when a run was killed."""
     try:
-        return json.loads(line)
+        record = json.loads(line)
     except ValueError:
         return None
+    return record if "loss" in record else None
 
 
 def _read(path: Path) -> dict[str, Any] | None:

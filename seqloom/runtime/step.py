@@ -32,11 +32,18 @@ MicroBatch = Mapping[str, Tensor]  # name of an input -> the scale unit's whole 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step reports, as scalars on the device: mean loss per token, global gradient norm before clipping, tokens that count."""
+    """What a step reports, as scalars on the device: mean loss per token, global gradient norm before clipping, tokens that count.
+
+    `own_loss` is this rank's part of the loss, `own_norms` the norms of the gradients that it counts, of the parameters `counted`: where
+    the loss or the norm is not finite, the weights are as they were, and these tell which tensor of which rank began it.
+    """
 
     loss: Tensor
     grad_norm: Tensor
     tokens: Tensor
+    own_loss: Tensor
+    own_norms: Tensor
+    counted: tuple[str, ...]
 
 
 class TrainStep:
@@ -52,14 +59,20 @@ class TrainStep:
         self.optimizer, self.device, self.max_grad_norm = optimizer, device, max_grad_norm
 
     def __call__(self, micro_batches: Sequence[MicroBatch | Prepared]) -> StepResult:
-        """Accumulate gradients over this scale unit's micro-batches, clip, update the weights, and clear the gradients."""
-        loss, tokens = accumulate_gradients(self.model, self.program, self.mesh, micro_batches, self.device)
-        loss, grad_norm = reduce_loss_and_norm(self.model, self.program, self.mesh, loss)
+        """Accumulate gradients over this scale unit's micro-batches, clip, update the weights, and clear the gradients.
+
+        A step whose loss or gradient norm is not finite leaves weights and optimizer as they were, decided on the device.
+        """
+        own_loss, tokens = accumulate_gradients(self.model, self.program, self.mesh, micro_batches, self.device)
+        counted = counted_gradients(self.model, self.program, self.mesh)
+        own_norms = norms_of(list(counted.values()), self.device)
+        loss, grad_norm = _sum_over_ranks(self.program, self.mesh, own_loss, own_norms)
         if self.max_grad_norm is not None:
             scale_gradients(self.model, (self.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0))
+        self.optimizer.found_inf = (~(loss.isfinite() & grad_norm.isfinite())).float()  # what a fused optimizer leaves a step out for
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss, grad_norm, tokens)
+        return StepResult(loss, grad_norm, tokens, own_loss, own_norms, tuple(counted))
 
 
 def accumulate_gradients(
@@ -150,14 +163,26 @@ def reduce_loss_and_norm(model: nn.Module, program: Program, mesh: DeviceMesh, l
 
     A value that several ranks hold is counted by the first of them only. Squares are summed in fp32 or better, over the ranks in fp64.
     """
-    squares = torch.zeros((), dtype=torch.float64, device=loss.device)
-    mine = [_local(param.grad) for param in model.parameters() if param.grad is not None and _counts(param, program, mesh)]
-    if mine:
-        dtype = torch.promote_types(torch.float32, mine[0].dtype)
-        squares = torch.stack(torch._foreach_norm(mine, 2, dtype=dtype)).double().square().sum()
+    return _sum_over_ranks(program, mesh, loss, norms_of(list(counted_gradients(model, program, mesh).values()), loss.device))
+
+
+def counted_gradients(model: nn.Module, program: Program, mesh: DeviceMesh) -> dict[str, Tensor]:
+    """This rank's pieces of the gradients by parameter, in the model's order; each element is counted by one rank only."""
+    named = model.named_parameters()
+    return {name: _local(param.grad) for name, param in named if param.grad is not None and _counts(param, program, mesh)}
+
+
+def norms_of(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """The norm of each tensor, in fp32 or better: `[n]` on the device."""
+    if not tensors:
+        return torch.zeros(0, dtype=torch.float32, device=device)
+    return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.promote_types(torch.float32, tensors[0].dtype)))
+
+
+def _sum_over_ranks(program: Program, mesh: DeviceMesh, own_loss: Tensor, own_norms: Tensor) -> tuple[Tensor, Tensor]:
     copies = [axis for axis in program.MESH if axis not in program.LOSS_PARTIAL]
-    counted = loss if _first(mesh, copies) else torch.zeros_like(loss)
-    sums = torch.stack([counted.double(), squares])
+    counted = own_loss if _first(mesh, copies) else torch.zeros_like(own_loss)
+    sums = torch.stack([counted.double(), own_norms.double().square().sum()])
     dist.all_reduce(sums)
     return sums[0], sums[1].sqrt()
 

@@ -31,6 +31,7 @@ from seqloom.runtime.program import Program, load_program
 from seqloom.runtime.step import TrainStep
 from seqloom.trainer.ahead import Ahead
 from seqloom.trainer.config import TrainConfig
+from seqloom.trainer.signals import StopSignals
 from seqloom.trainer.start import check_folders, check_world_size, choose_weights
 
 if TYPE_CHECKING:
@@ -66,8 +67,10 @@ class Run:
         return self.loader.batch_size_global
 
 
-def build(config: TrainConfig, device: torch.device, say: Callable[[str], None]) -> Run:
-    """Build the run on every rank; `say` prints on rank 0. Raises `UserError` on all ranks for whatever of it is a user's mistake."""
+def build(config: TrainConfig, device: torch.device, say: Callable[[str], None], signals: StopSignals) -> Run:
+    """Build the run on every rank; `say` prints on rank 0. Raises `UserError` on all ranks for whatever of it is a user's mistake, and
+    `Stopped` where a signal comes while rank 0 compiles.
+    """
     if config.compile.dataset_path is None:
         raise UserError("training needs data: give --dataset_path a folder made by bookcorpus.py")
     request = config.compile.request()
@@ -75,7 +78,7 @@ def build(config: TrainConfig, device: torch.device, say: Callable[[str], None])
     hf_config = resolve_config(request.model_id)
     weights = choose_weights(request.model_id, config.init)
     dataset = open_dataset(config.compile.dataset_path)
-    prepared = group.attempt("preparing the run", lambda: _prepare(config, request, dataset, hf_config.vocab_size, say))
+    prepared = group.attempt("preparing the run", lambda: _prepare(config, request, dataset, hf_config.vocab_size, say, signals))
     program_folder = Path(prepared[0])
     program = load_program(program_folder)
     mesh = build_mesh(program.MESH, request.dp, device.type)
@@ -110,7 +113,7 @@ def _loader(request: CompileRequest, dataset: PackedDataset, seed: int, dp_rank:
 
 
 def _prepare(
-    config: TrainConfig, request: CompileRequest, dataset: PackedDataset, vocab_size: int, say: Callable[[str], None]
+    config: TrainConfig, request: CompileRequest, dataset: PackedDataset, vocab_size: int, say: Callable[[str], None], signals: StopSignals
 ) -> str | None:
     """What rank 0 does for all: check folders and data, compile where there is no program. Returns the program's folder there."""
     if dist.get_rank() != 0:
@@ -120,7 +123,8 @@ def _prepare(
 
     check_folders(config)
     dataset.check_vocab(vocab_size)
-    folder = ensure_program(request, say)
-    if not (folder / PAGE).is_file():
-        write_plan_page(folder)
+    with signals.interruptible():
+        folder = ensure_program(request, say)
+        if not (folder / PAGE).is_file():
+            write_plan_page(folder)
     return str(folder)

@@ -132,12 +132,45 @@ class OutputConfig:
     """Steps between checkpoints; one is always saved at the end."""
     resume_path: str | None = None
     """Continue from here: `last` (this run's newest good checkpoint), a step folder, a run folder, or a merged file."""
+    async_checkpoint: bool = True
+    """Write checkpoints while training goes on; a step then waits only for the copy of its state to host memory."""
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """When a checkpoint cannot be written: stop the run, or go on and try again at the next one."""
+    keep_last: int | None = None
+    """Keep only the newest checkpoints, this many; all when not given."""
+    keep_every: int | None = None
+    """With --keep_last, also keep every checkpoint whose step is a multiple of this."""
+    verify_checkpoint: bool = True
+    """Check the digests of a checkpoint before it is loaded."""
     log_dir: Path = Path("runs")
     """Logs go to a folder of the run's name in it: log.jsonl, TensorBoard, loss.png."""
 
     def __post_init__(self) -> None:
         if self.checkpoint_every < 1:
             raise UserError(f"--checkpoint_every is {self.checkpoint_every}: give the number of steps between checkpoints, at least 1")
+        for name in ("keep_last", "keep_every"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"--{name} is {getattr(self, name)}: it must be at least 1")
+        if self.keep_every is not None and self.keep_last is None:
+            raise UserError("--keep_every says what to keep beside the newest: give --keep_last too, or leave it out to keep all")
+
+
+@dataclass(frozen=True)
+class FaultConfig:
+    """What a run does when something goes wrong."""
+
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient is not finite changes no weights; then stop the run, or skip the step and go on."""
+    max_skips: int = 10
+    """With --nonfinite skip: stop where more steps than this in a row are not finite."""
+    timeout: float = 600.0
+    """Seconds in which every rank must get on; where one does not, the run ends and says which rank is where."""
+
+    def __post_init__(self) -> None:
+        if self.max_skips < 0:
+            raise UserError(f"--max_skips is {self.max_skips}: it cannot be negative")
+        if not self.timeout > 0:
+            raise UserError(f"--timeout is {self.timeout}: give the seconds in which every rank must get on, more than 0")
 
 
 @dataclass(frozen=True)
@@ -159,6 +192,7 @@ class TrainConfig:
     """Use deterministic algorithms only, also where they are slower."""
     optimizer: tyro.conf.OmitArgPrefixes[OptimizerConfig] = field(default_factory=OptimizerConfig)
     output: tyro.conf.OmitArgPrefixes[OutputConfig] = field(default_factory=OutputConfig)
+    faults: tyro.conf.OmitArgPrefixes[FaultConfig] = field(default_factory=FaultConfig)
 
     def __post_init__(self) -> None:
         if self.num_epochs < 1:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import torch.distributed as dist
 
-from seqloom.errors import EXIT_USER_ERROR, UserError
+from seqloom.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError
 
 EXIT_FAILURE = 1
 GRACE_SECONDS = 5.0
@@ -30,20 +30,24 @@ def first_failure_speaks() -> Iterator[None]:
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        if not dist.is_initialized() or dist.get_world_size() == 1 or _claim_word() or not follows(error):
+        if not dist.is_initialized() or dist.get_world_size() == 1 or claim_word() or not follows(error):
             raise
         time.sleep(GRACE_SECONDS)
-        os._exit(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILURE)
+        os._exit(_exit_code(error))
 
 
 def follows(error: BaseException) -> bool:
     """Whether an error may be what another rank's failure looks like from here: a sentence for all ranks, or a lost connection."""
-    if isinstance(error, (UserError, KeyboardInterrupt, dist.DistError)):
+    if isinstance(error, (UserError, Stopped, KeyboardInterrupt, dist.DistError)):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL", "Connection closed by peer"))
 
 
-def _claim_word() -> bool:
+def _exit_code(error: BaseException) -> int:
+    return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_STOPPED if isinstance(error, Stopped) else EXIT_FAILURE
+
+
+def claim_word() -> bool:
     """Whether this rank is the first of the job to fail. A store that is gone belonged to a rank that failed before."""
     rank = str(dist.get_rank())
     try:

@@ -6,6 +6,7 @@ In: a `StepRecord` per step, on rank 0. Out: on the terminal a progress bar, els
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -98,6 +99,14 @@ class RunLog:
         else:
             self.say(line)
 
+    def skip(self, step: int, why: str) -> None:
+        """Report a step that changed nothing."""
+        self.file.write(json.dumps({"step": step, "skipped": why}) + "\n")
+        self.file.flush()
+        if self.bar is not None:
+            self.bar.update(1)
+        self.say(f"warning: {why}")
+
     def say(self, text: str) -> None:
         """Print a line, above the bar where there is one."""
         if self.bar is not None:
@@ -106,8 +115,24 @@ class RunLog:
             print(text, file=self.console, flush=True)
 
 
+class NoLog(contextlib.AbstractContextManager):
+    """What the other ranks have in place of a `RunLog`: it says nothing."""
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def step(self, record: StepRecord) -> None:
+        """Nothing."""
+
+    def skip(self, step: int, why: str) -> None:
+        """Nothing."""
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+
 def read_log(folder: Path) -> list[dict]:
-    """The records of a run by step, each step once; empty lines and one that was cut off do not count."""
+    """The records of a run by step, each step once; empty lines, one that was cut off, and skipped steps do not count."""
     records = {}
     for line in (folder / LOG_FILE).read_text(encoding="utf-8").splitlines():
         try:
@@ -115,7 +140,7 @@ def read_log(folder: Path) -> list[dict]:
         except ValueError:
             continue
         records[record["step"]] = record
-    return [records[step] for step in sorted(records)]
+    return [records[step] for step in sorted(records) if "loss" in records[step]]
 
 
 def plot_loss(folder: Path, title: str) -> Path:

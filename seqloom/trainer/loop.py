@@ -10,27 +10,38 @@ import contextlib
 import json
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from seqloom.checkpoint import find_checkpoint, folders, load_checkpoint, save_checkpoint
-from seqloom.errors import UserError
+from seqloom.checkpoint import find_checkpoint, folders, group, load_checkpoint
+from seqloom.checkpoint.background import Saver
+from seqloom.checkpoint.keep import Judge, KeepRule, keep
+from seqloom.checkpoint.write import SLACK_BYTES, Beside
+from seqloom.errors import Stopped, UserError
 from seqloom.report.plan_page import write_plan_page
 from seqloom.runtime.mesh import init_distributed
 from seqloom.runtime.optimizer import model_and_optimizer_tensors
+from seqloom.runtime.step import StepResult
+from seqloom.trainer.agreement import Word, agree, peak_memory_gib
 from seqloom.trainer.build import Run, build
 from seqloom.trainer.config import LAST, TrainConfig
 from seqloom.trainer.failure import first_failure_speaks
 from seqloom.trainer.final import write_final
-from seqloom.trainer.logging import RunLog, StepRecord, plot_loss
+from seqloom.trainer.finite import Skips, first_suspect
+from seqloom.trainer.logging import NoLog, RunLog, StepRecord, plot_loss
 from seqloom.trainer.schedule import learning_rate
-from seqloom.trainer.start import check_later_checkpoints, choose_device_type, prepare_process
+from seqloom.trainer.signals import StopSignals, name
+from seqloom.trainer.start import check_later_checkpoints, check_space, choose_device_type, prepare_process, resume_source
 from seqloom.trainer.state import restore_random_state, seed_random_state, training_state
 from seqloom.trainer.summary import measured_mfu, summary
-from seqloom.trainer.usage import peak_memory_gib, slowest_and_fullest
+from seqloom.trainer.watch import Watch
+
+_LATER = 60.0  # seconds that collectives wait beyond the time after which the watch speaks
 
 
 @dataclass(frozen=True)
@@ -42,37 +53,43 @@ class Progress:
 
 
 def train(config: TrainConfig) -> None:
-    """Join the job, train, and leave it. Raises `UserError` for a user's mistake, on the rank that is to tell it."""
+    """Join the job, train, and leave it. Raises `UserError` for a user's mistake, on the rank that is to tell it, and `Stopped`."""
     device_type = choose_device_type(config.compile.hardware)
     prepare_process(device_type, config.deterministic)
-    device = init_distributed(device_type)
-    with first_failure_speaks():
-        train_on(config, device)
+    device = init_distributed(device_type, timedelta(seconds=config.faults.timeout + _LATER))
+    with StopSignals() as signals, first_failure_speaks():
+        train_on(config, device, signals)
     dist.destroy_process_group()
 
 
-def train_on(config: TrainConfig, device: torch.device) -> None:
+def train_on(config: TrainConfig, device: torch.device, signals: StopSignals | None = None) -> None:
     """The whole training on this rank of a job that all ranks have joined. Raises `UserError` on every rank that finds a mistake."""
-    run = build(config, device, _say)
+    signals = signals or StopSignals()
+    run = build(config, device, _say, signals)
     progress = _start(run)
+    group.attempt("starting", lambda: _stop_if(signals))
     _say(summary(run, progress.step))
     if progress.step >= run.total_steps:
         _say(f"step {progress.step} of {run.total_steps} is done already: nothing is left to do")
     else:
-        _train(run, progress)
+        _train(run, progress, signals)
 
 
 def _start(run: Run) -> Progress:
     """Continue from the checkpoint asked for, or begin: seeds set, nothing done."""
-    config = run.config
-    path = config.output.resume_path and find_checkpoint(config.output.resume_path, config.run_folder)
+    config, verify = run.config, run.config.output.verify_checkpoint
+    source = resume_source(config)
+    path = source and find_checkpoint(source, config.run_folder, verify=verify)
+    tensors = model_and_optimizer_tensors(run.model, run.optimizer, initialize=True)
+    whole = [tensor for key, tensor in tensors.items() if key.removeprefix("model.") not in run.program.TIED]
+    nbytes = sum(tensor.numel() * tensor.element_size() for tensor in whole)  # wherever their pieces lie
+    group.attempt("looking for room", lambda: check_space(config, nbytes + SLACK_BYTES) if dist.get_rank() == 0 else None)
     if not path:
-        if config.output.resume_path:
+        if source:
             _say(f"{config.run_folder} holds no checkpoint yet: starting from the beginning")
         seed_random_state(config.seed, 0)
         return Progress()
-    tensors = model_and_optimizer_tensors(run.model, run.optimizer, initialize=True)
-    state = load_checkpoint(path, tensors, verify=config.output.resume_path != LAST)  # `last` was verified when it was found
+    state = load_checkpoint(path, tensors, verify=verify and source != LAST)  # `last` was verified when it was found
     check_later_checkpoints(config, state["step"])
     run.loader.load_state_dict(state["data"])
     restore_random_state(state["rng"], run.device, config.seed, state["step"])
@@ -80,20 +97,23 @@ def _start(run: Run) -> Progress:
     return Progress(state["step"], state["tokens_seen"])
 
 
-def _train(run: Run, progress: Progress) -> None:
+def _stop_if(signals: StopSignals) -> None:
+    if signals.asked:
+        raise signals.stopped()
+
+
+def _train(run: Run, progress: Progress, signals: StopSignals) -> None:
     """All steps that are left, a checkpoint every so often and at the end, then what a finished run leaves."""
-    every, total = run.config.output.checkpoint_every, run.total_steps
-    with _log(run, progress.step + 1) as log:
-        while progress.step < total:
-            record = _step(run, progress)
-            progress = Progress(record.step, record.tokens_seen)
-            if log:
-                log.step(record)
-            if record.step % every == 0 or record.step == total:
-                path = _save(run, progress)
-                if log:
-                    log.say(f"saved {path}")
-    run.ahead.close()
+    loop = _Loop(run, progress)
+    with contextlib.closing(run.ahead), contextlib.closing(loop.saver), loop.log, loop.watch:
+        while loop.progress.step < run.total_steps:
+            loop.step(signals)
+        loop.collect()
+    _leave(run, loop.progress)
+
+
+def _leave(run: Run, progress: Progress) -> None:
+    """What a finished run leaves beside checkpoints."""
     final = write_final(run, progress.step)
     if dist.get_rank() == 0:
         name, folder = run.config.compile.name, run.config.log_folder
@@ -104,71 +124,137 @@ def _train(run: Run, progress: Progress) -> None:
         _say(f"predicted beside measured in {page}")
 
 
-def _step(run: Run, progress: Progress) -> StepRecord:
-    """One optimizer step and what there is to say of it. Reading the loss waits for the device."""
-    step, settings = progress.step + 1, run.config.optimizer
-    rate = learning_rate(
-        step, peak=settings.lr, schedule=settings.lr_schedule, warmup_steps=settings.warmup_steps, total_steps=run.total_steps
-    )
-    for group in run.optimizer.param_groups:
-        group["lr"] = rate
-    started = time.perf_counter()
-    micro_batches = run.ahead.next_step()
-    waited = time.perf_counter() - started
-    result = run.train_step(micro_batches)
-    loss, grad_norm, tokens = result.loss.item(), result.grad_norm.item(), int(result.tokens)
-    _check_finite(run, step, loss, grad_norm)
-    wait, memory = slowest_and_fullest(waited, peak_memory_gib(run.device))
-    seconds = time.perf_counter() - started
-    rate_of_positions = run.rows_per_step * run.dataset.seq_len / seconds
-    return StepRecord(
-        step=step,
-        loss=loss,
-        grad_norm=grad_norm,
-        lr=rate,
-        tokens=tokens,
-        tokens_seen=progress.tokens_seen + tokens,
-        epoch=run.loader.place.epoch + run.loader.place.position / run.dataset.rows,
-        step_time_s=seconds,
-        tokens_per_s=rate_of_positions,
-        tokens_per_s_per_gpu=rate_of_positions / dist.get_world_size(),
-        mfu_causal=measured_mfu(run.plan, seconds),
-        memory_gib=memory,
-        data_wait_s=wait,
-        eta_s=seconds * (run.total_steps - step),
-    )
+class _Loop:
+    """The steps of a run, and what lives as long as they do: the log, the saver, the watch."""
 
+    def __init__(self, run: Run, progress: Progress) -> None:
+        self.run, self.progress = run, progress
+        self.faults = run.config.faults
+        self.parameters = [name for name, _ in run.model.named_parameters()]
+        self.log = RunLog(run.config.log_folder, progress.step + 1, run.total_steps) if dist.get_rank() == 0 else NoLog()
+        output = run.config.output
+        self.rule, self.judge = KeepRule(output.keep_last, output.keep_every), Judge()
+        self.saver = Saver(run.config.run_folder, background=output.async_checkpoint, after=self._tidy)
+        self.watch = Watch(self.faults.timeout)
+        self.saved = progress.step  # the last step that has a checkpoint
+        self.skips = Skips(self.faults.max_skips if self.faults.nonfinite == "skip" else 0)
 
-def _check_finite(run: Run, step: int, loss: float, grad_norm: float) -> None:
-    """Stop before a spoiled model is saved."""
-    if math.isfinite(loss) and math.isfinite(grad_norm):
-        return
-    last = [found for found in folders.steps(run.config.run_folder) if found < step]
-    where = f"continue from step {last[-1]} with --resume_path {LAST} and" if last else "start again with"
-    raise UserError(
-        f"step {step} has loss {loss} and gradient norm {grad_norm}, so the run stopped before saving it: "
-        f"{where} a smaller --lr or more --warmup_steps"
-    )
+    def step(self, signals: StopSignals) -> None:
+        """One step and all that follows from it: log, checkpoint, stopping."""
+        step = self.progress.step + 1
+        rate, started = self._set_rate(step), time.perf_counter()
+        self.watch.beat(step, "reading data")
+        micro_batches = self.run.ahead.next_step()
+        waited = time.perf_counter() - started
+        self.watch.beat(step, "computing")
+        result = self.run.train_step(micro_batches)
+        loss, grad_norm, tokens = result.loss.item(), result.grad_norm.item(), int(result.tokens)
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        may_go_on = self.skips.step(finite)
+        if not finite:
+            self._not_finite(step, result, may_go_on)
+        word = agree(Word(waited, peak_memory_gib(self.run.device), signals.asked, self.saver.writing))
+        self.progress = Progress(step, self.progress.tokens_seen + tokens * finite)
+        if finite:
+            self.log.step(self._record(step, loss, grad_norm, rate, tokens, time.perf_counter() - started, word))
+        if self.saver.pending and not word.writing:
+            self.collect()
+        total = self.run.total_steps
+        if (finite and step % self.run.config.output.checkpoint_every == 0) or step == total:
+            self.save()
+        if word.stop_signal and step < total:
+            self._stop(word.stop_signal)
 
+    def save(self) -> None:
+        """Begin a checkpoint of the present state, when the one before it is written."""
+        run, progress, tokenizer = self.run, self.progress, self.run.dataset.tokenizer_path
+        self.collect()
+        self.watch.beat(progress.step, "saving")
+        state = training_state(run.config, run.program, run.loader, progress.step, progress.tokens_seen, run.device)
+        config = json.loads(run.hf_config.to_json_string(use_diff=False))
+        tensors = model_and_optimizer_tensors(run.model, run.optimizer)
+        with self._failing_as_asked():
+            self.saver.save(progress.step, tensors, Beside(state, config, tokenizer if tokenizer.is_dir() else None))
+        if not self.saver.writing:
+            self.collect()
 
-def _save(run: Run, progress: Progress) -> Path:
-    """Write a checkpoint with everything that a merge or a resumed run needs."""
-    tokenizer = run.dataset.tokenizer_path
-    return save_checkpoint(
-        run.config.run_folder,
-        progress.step,
-        model_and_optimizer_tensors(run.model, run.optimizer),
-        training_state(run.config, run.program, run.loader, progress.step, progress.tokens_seen, run.device),
-        model_config=json.loads(run.hf_config.to_json_string(use_diff=False)),
-        tokenizer_folder=tokenizer if tokenizer.is_dir() else None,
-    )
+    def collect(self) -> None:
+        """Wait for the checkpoint that is being written, and say where it is."""
+        with self._failing_as_asked():
+            folder = self.saver.collect()
+            if folder is not None:
+                self.saved = folders.step_of(folder)
+                self.log.say(f"saved {folder}")
 
+    def _tidy(self, committed: Path) -> None:
+        """Remove the checkpoints that are not to be kept, now that there is a new one. In the thread that saves, on every rank."""
+        group.attempt("removing old checkpoints", lambda: self._remove_old(committed) if dist.get_rank() == 0 else None)
 
-def _log(run: Run, first_step: int) -> contextlib.AbstractContextManager[RunLog | None]:
-    """The log of rank 0; the other ranks have none."""
-    if dist.get_rank() != 0:
-        return contextlib.nullcontext()
-    return RunLog(run.config.log_folder, first_step, run.total_steps)
+    def _remove_old(self, committed: Path) -> None:
+        self.judge.trust(committed)
+        keep(committed.parent, self.rule, self.judge)
+
+    @contextlib.contextmanager
+    def _failing_as_asked(self) -> Iterator[None]:
+        """A checkpoint that cannot be written ends the run, or is said and left out."""
+        try:
+            yield
+        except UserError as error:
+            if self.run.config.output.on_save_error == "stop":
+                raise
+            self.log.say(f"warning: {error}; the run goes on without this checkpoint")
+
+    def _stop(self, signal: int) -> None:
+        """Save what there is and leave."""
+        step = self.progress.step
+        self.collect()
+        if self.saved != step:
+            self.save()
+            self.collect()
+        raise Stopped(f"stopped by {name(signal)} after step {step}, which is saved: continue with --resume_path {LAST}")
+
+    def _not_finite(self, step: int, result: StepResult, may_go_on: bool) -> None:
+        """Say what was not finite; raise `UserError` where the run may not go on."""
+        suspect = first_suspect(result, self.parameters)
+        began = f", first in {suspect}" if suspect else ", as a sum of finite parts"
+        what = f"step {step} has loss {result.loss.item()} and gradient norm {result.grad_norm.item()}{began}"
+        if may_go_on:
+            self.log.skip(step, f"{what}: skipped, the weights are as before ({self.skips.in_a_row} of at most {self.skips.most} in a row)")
+            return
+        self.collect()
+        saved = folders.steps(self.run.config.run_folder)
+        where = f"continue from step {saved[-1]} with --resume_path {LAST} and" if saved else "start again with"
+        raise UserError(
+            f"{what}; the weights are as before, and the run stops without saving this step: {where} a smaller --lr, more --warmup_steps, "
+            "or --nonfinite skip"
+        )
+
+    def _set_rate(self, step: int) -> float:
+        settings, total = self.run.config.optimizer, self.run.total_steps
+        rate = learning_rate(step, peak=settings.lr, schedule=settings.lr_schedule, warmup_steps=settings.warmup_steps, total_steps=total)
+        for group_of_parameters in self.run.optimizer.param_groups:
+            group_of_parameters["lr"] = rate
+        return rate
+
+    def _record(self, step: int, loss: float, grad_norm: float, rate: float, tokens: int, seconds: float, word: Word) -> StepRecord:
+        run = self.run
+        positions_per_s = run.rows_per_step * run.dataset.seq_len / seconds
+        return StepRecord(
+            step=step,
+            loss=loss,
+            grad_norm=grad_norm,
+            lr=rate,
+            tokens=tokens,
+            tokens_seen=self.progress.tokens_seen,
+            epoch=run.loader.place.epoch + run.loader.place.position / run.dataset.rows,
+            step_time_s=seconds,
+            tokens_per_s=positions_per_s,
+            tokens_per_s_per_gpu=positions_per_s / dist.get_world_size(),
+            mfu_causal=measured_mfu(run.plan, seconds),
+            memory_gib=word.memory_gib,
+            data_wait_s=word.data_wait_s,
+            eta_s=seconds * (run.total_steps - step),
+        )
 
 
 def _say(text: str) -> None:

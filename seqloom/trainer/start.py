@@ -55,12 +55,23 @@ def prepare_process(device_type: str, deterministic: bool) -> None:
         torch.use_deterministic_algorithms(True)
 
 
+def resume_source(config: TrainConfig) -> str | None:
+    """Where the run continues from: what --resume_path says; this run's own newest checkpoint where torchrun has restarted the job."""
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return LAST if restarted and folders.steps(config.run_folder) else config.output.resume_path
+
+
+def check_space(config: TrainConfig, nbytes: int) -> None:
+    """Raise `UserError` where the disk has no room for one checkpoint of so many bytes: better now than after the first thousand steps."""
+    folders.require_space(config.run_folder, nbytes, f"a checkpoint of {config.compile.name}")
+
+
 def check_folders(config: TrainConfig) -> None:
     """Raise `UserError` where checkpoints or logs cannot be written, or where a new run would meet the checkpoints of an old one."""
     for flag, folder in (("--checkpoint_dir", config.run_folder), ("--log_dir", config.log_folder)):
         require_writable(folder, flag)
     steps = folders.steps(config.run_folder)
-    if steps and config.output.resume_path is None:
+    if steps and resume_source(config) is None:
         raise UserError(
             f"{config.run_folder} holds the checkpoints of an earlier run, up to step {steps[-1]}: "
             f"continue it with --resume_path {LAST}, or start a new one with another --name"
@@ -73,7 +84,7 @@ def check_later_checkpoints(config: TrainConfig, step: int) -> None:
     `--resume_path last` passed over later ones only because they are damaged; saving sets those aside.
     """
     later = [found for found in folders.steps(config.run_folder) if found > step]
-    if later and config.output.resume_path != LAST:
+    if later and resume_source(config) != LAST:
         raise UserError(
             f"{config.run_folder} holds checkpoints after step {step}, up to step {later[-1]}, which are never written over: "
             f"continue from {config.output.resume_path} under another --name"

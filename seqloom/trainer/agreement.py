@@ -1,0 +1,41 @@
+"""What ranks tell each other after every step, in one small message between their CPUs.
+
+Each rank says how long it waited for data, how much memory it has held, whether it was asked to stop, and whether it still writes a
+checkpoint; all learn the worst. So they stop after the same step, and meet the end of a background save at the same step.
+"""
+
+from __future__ import annotations
+
+import resource
+from dataclasses import astuple, dataclass
+
+import torch
+import torch.distributed as dist
+
+GIB = 2**30
+_MAXRSS_BYTES = 1024
+
+
+@dataclass(frozen=True)
+class Word:
+    """What one rank says, or the largest of what all say: seconds, GiB, the number of a signal (0 for none), 1 while writing."""
+
+    data_wait_s: float
+    memory_gib: float
+    stop_signal: int
+    writing: int
+
+
+def agree(word: Word) -> Word:
+    """The largest of each that the ranks say. Collective; it travels between CPUs and stops no GPU."""
+    values = torch.tensor(astuple(word), dtype=torch.float64)
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    wait, memory, stop, writing = values.tolist()
+    return Word(wait, memory, int(stop), int(writing))
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory this rank has held so far, in GiB: allocated on its GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_BYTES / GIB
