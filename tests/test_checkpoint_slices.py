@@ -114,7 +114,7 @@ class _Touched(BlockStream):
     def __init__(self, file):
         super().__init__(file.path, file.path.stat().st_size, ())
         self.touched = set()
-        file.stream = self
+        file.read_through(self)
 
     def read_into(self, descriptor, view, offset):
         self.touched.update(range(offset, offset + len(view)))

@@ -92,6 +92,6 @@ def _fill_hashing(reader: CheckedReader, contents: Contents, claimed: Sequence[B
         indices[name].append(index)
     for name, own in indices.items():
         file = contents.files[name]
-        reader.file(name).stream = BlockStream(file.path, file.size, own, file.overlay)
+        reader.file(name).read_through(BlockStream(file.path, file.size, own, file.overlay))
     _fill(reader, wanted)
     return {(name, index): digest for name in indices for index, digest in reader.file(name).finish_stream().items()}

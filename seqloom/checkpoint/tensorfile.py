@@ -95,7 +95,7 @@ class TensorFileWriter:
         header = header_bytes(tensors, metadata)
         self.nbytes = len(header) + sum(info.nbytes for info in tensors.values())
         self.blocks: tuple[str, ...] = ()
-        self._written = 0
+        self._written = self._under_way = 0
         self._file = open(path, "xb", buffering=0)  # noqa: SIM115 - closed by __exit__
         self._write(memoryview(header))
 
@@ -115,6 +115,14 @@ class TensorFileWriter:
             view = view[len(chunk) :]
             while len(chunk):
                 chunk = chunk[self._file.write(chunk) :]
+        if self._written - self._under_way >= BUFFER_BYTES:
+            self._start_disk()
+
+    def _start_disk(self) -> None:
+        """Let the disk begin with what has been written, so that it works while we hash and the last flush finds little left."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file.fileno(), self._under_way, self._written - self._under_way, os.POSIX_FADV_DONTNEED)
+        self._under_way = self._written
 
     def finish(self) -> None:
         """Flush to disk; raises `RuntimeError` when fewer or more bytes came than the header promised."""
@@ -157,7 +165,7 @@ class TensorFile(Mapping[str, TensorInfo]):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.stream: BlockStream | None = None
+        self._stream: BlockStream | None = None
         try:
             self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
         except OSError as error:
@@ -195,8 +203,8 @@ class TensorFile(Mapping[str, TensorInfo]):
         return len(self._entries)
 
     def read_slice(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
-        """The elements `offsets[d] : offsets[d] + sizes[d]` of a stored tensor, on the CPU; only their bytes are read, through `stream`
-        where there is one.
+        """The elements `offsets[d] : offsets[d] + sizes[d]` of a stored tensor, on the CPU; only their bytes are read, through the
+        stream where there is one.
 
         Raises `KeyError` for an unknown name, `ValueError` for a slice outside the tensor, `UserError` where the file cannot be read.
         """
@@ -214,8 +222,8 @@ class TensorFile(Mapping[str, TensorInfo]):
 
     def _read_into(self, view: memoryview, offset: int) -> int:
         try:
-            if self.stream is not None:
-                return self.stream.read_into(self._file.fileno(), view, offset)
+            if self._stream is not None:
+                return self._stream.read_into(self._file.fileno(), view, offset)
             return read_into(self._file.fileno(), view, offset)
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {error.strerror}; replace it with a good copy") from error
@@ -224,9 +232,15 @@ class TensorFile(Mapping[str, TensorInfo]):
         """Where a part of a stored tensor lies in the file, from its first byte to its end; the part has elements."""
         return self._entries[name].extent(box)
 
+    def read_through(self, stream: BlockStream) -> None:
+        """From now on read through `stream`, most of the file and in order."""
+        self._stream = stream
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+
     def finish_stream(self) -> dict[int, str]:
-        """The digests of the blocks of `stream`, by index; what was not asked for of them is read now."""
-        return self.stream.finish(self._file.fileno()) if self.stream is not None else {}
+        """The digests of the blocks of the stream, by index; what was not asked for of them is read now."""
+        return self._stream.finish(self._file.fileno()) if self._stream is not None else {}
 
     def read(self, name: str) -> torch.Tensor:
         """A whole stored tensor."""
