@@ -5,6 +5,7 @@ other, or are killed from outside at random times. A nursery process with everyt
 costs some milliseconds.
 """
 
+import contextlib
 import logging
 import os
 import random
@@ -25,19 +26,37 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from seqloom.checkpoint import folders, write
+from seqloom.checkpoint.background import Saver
 from seqloom.checkpoint.read import find_checkpoint, load_checkpoint
-from seqloom.checkpoint.write import save_checkpoint
+from seqloom.checkpoint.slices import local_tensor
+from seqloom.checkpoint.write import Beside, save_checkpoint
 
 CONFIG = {"model_type": "llama"}
-WAYS = ("synchronous",)
+WAYS = ("synchronous", "background")
 SCENES = ("first", "next", "again")
-LIMIT = 60.0  # seconds until a process that should have ended counts as hanging
+LIMIT = 120.0  # seconds until a process that should have ended counts as hanging
+
+
+@contextlib.contextmanager
+def _saving(way, run):
+    """A function that saves tensors as a step, committed when it returns. In the background it writes while training changes them."""
+    if way == "synchronous":
+        yield lambda step, tensors: save_checkpoint(run, step, tensors, _state(step), model_config=CONFIG)
+        return
+
+    def save(step, tensors):
+        saver.save(step, tensors, Beside(_state(step), CONFIG))
+        for tensor in tensors.values():
+            local_tensor(tensor).add_(1)
+        saver.collect()
+
+    with contextlib.closing(Saver(run, background=True, timeout=timedelta(seconds=LIMIT / 6))) as saver:
+        yield save
 
 
 def _save(way, run, step, tensors):
-    """One save, committed when this returns."""
-    assert way == "synchronous"
-    save_checkpoint(run, step, tensors, _state(step), model_config=CONFIG)
+    with _saving(way, run) as save:
+        save(step, tensors)
 
 
 def _state(step):
@@ -233,13 +252,14 @@ def _start_group(way, run, store, watch):
     def act(rank):
         while os.getpgrp() == own:  # whoever kills its group must be in that of the ranks
             time.sleep(0.001)
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=LIMIT / 2))
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=LIMIT / 6))
         tensors = _sharded(2, rank, 2)
-        dist.barrier()
-        done = watch(rank)
-        _save(way, run, 2, tensors)
-        if done is not None:
-            done()
+        with _saving(way, run) as save:
+            dist.barrier()
+            done = watch(rank)
+            save(2, tensors)
+            if done is not None:
+                done()
 
     pids = []
     for rank in range(2):
@@ -326,7 +346,7 @@ def _wait_for(*paths):
 @pytest.mark.parametrize("outside", [False, True], ids=["steps", "times"])
 def test_killed_ranks(place, way, outside):
     """One rank or both die; who is left ends by itself, mostly with an error, and does not wait for ever."""
-    answers = in_nursery(_killed_ranks, way, f"{place}/case", 50, outside)
+    answers = in_nursery(_killed_ranks, way, f"{place}/case", 15 if outside else 50, outside)
     for victim, codes, _ in answers:
         if victim == "all" and not outside:
             assert codes in ([-signal.SIGKILL] * 2, [0, 0])  # a scene may have fewer steps than were drawn from

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -23,13 +24,16 @@ class Saver:
     """Saves the checkpoints of one run. Collective: all ranks make one, and call `save` and `collect` alike.
 
     With `background` a save returns when the state of this rank is copied to the CPU, in buffers that all saves share; without it, when
-    the checkpoint is committed. `after` is called on every rank, in the thread that wrote, with the folder of each committed checkpoint.
+    the checkpoint is committed. `timeout` bounds every wait of the thread for another rank. `after` is called on every rank, in the
+    thread that wrote, with the folder of each committed checkpoint.
     """
 
-    def __init__(self, run_folder: Path, *, background: bool, after: Callable[[Path], None] = lambda folder: None) -> None:
+    def __init__(
+        self, run_folder: Path, *, background: bool, timeout: timedelta, after: Callable[[Path], None] = lambda folder: None
+    ) -> None:
         self._run_folder, self._after = run_folder, after
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if background else None
-        self._group = dist.new_group(backend="gloo") if background and group.world_size() > 1 else None
+        self._group = dist.new_group(timeout=timeout, backend="gloo") if background and group.world_size() > 1 else None
         self._copies: dict[str, torch.Tensor] = {}
         self._under_way: Future[Path] | None = None
 

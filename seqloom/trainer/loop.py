@@ -134,7 +134,8 @@ class _Loop:
         self.log = RunLog(run.config.log_folder, progress.step + 1, run.total_steps) if dist.get_rank() == 0 else NoLog()
         output = run.config.output
         self.rule, self.judge = KeepRule(output.keep_last, output.keep_every), Judge()
-        self.saver = Saver(run.config.run_folder, background=output.async_checkpoint, after=self._tidy)
+        timeout = timedelta(seconds=self.faults.timeout + _LATER)
+        self.saver = Saver(run.config.run_folder, background=output.async_checkpoint, timeout=timeout, after=self._tidy)
         self.watch = Watch(self.faults.timeout)
         self.saved = progress.step  # the last step that has a checkpoint
         self.skips = Skips(self.faults.max_skips if self.faults.nonfinite == "skip" else 0)
