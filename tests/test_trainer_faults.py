@@ -179,6 +179,20 @@ def test_room_for_a_checkpoint_is_looked_for_before_the_first_step(job):
     assert not read_log(job / "runs/no-room") if (job / "runs/no-room" / LOG_FILE).exists() else True
 
 
+def test_a_damaged_checkpoint_is_passed_over_and_its_step_saved_again(job):
+    """The run goes on from the one before, with the numbers of a run that was never broken; the damaged one is set aside, not deleted."""
+    run_ranks(trained, 2, job, {"name": "sound"}, {"name": "damaged", "max_train_steps": 4})
+    shard = job / "checkpoints/damaged/step-4/shard-00000.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    run_ranks(trained, 2, job, {"name": "damaged", "resume_path": "last"})
+    assert numbers(job, "damaged") == numbers(job, "sound")
+    assert folders.steps(job / "checkpoints/damaged") == [2, 4, 6]
+    assert len(list((job / "checkpoints/damaged").glob("damaged-step-4-*"))) == 1
+    assert same(job / "checkpoints/damaged/step-6", job / "checkpoints/sound/step-6")
+
+
 def test_old_checkpoints_go_as_asked(job):
     run_ranks(trained, 2, job, {"name": "tidy", "checkpoint_every": 1, "keep_last": 2, "keep_every": 3})
     assert folders.steps(job / "checkpoints/tidy") == [3, 5, 6]

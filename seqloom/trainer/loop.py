@@ -10,17 +10,20 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from seqloom.checkpoint import find_checkpoint, folders, group, load_checkpoint
 from seqloom.checkpoint.background import Saver
 from seqloom.checkpoint.keep import Judge, KeepRule, keep
+from seqloom.checkpoint.read import load_newest
 from seqloom.checkpoint.write import SLACK_BYTES, Beside
 from seqloom.errors import Stopped, UserError
 from seqloom.report.plan_page import write_plan_page
@@ -77,24 +80,32 @@ def train_on(config: TrainConfig, device: torch.device, signals: StopSignals | N
 
 def _start(run: Run) -> Progress:
     """Continue from the checkpoint asked for, or begin: seeds set, nothing done."""
-    config, verify = run.config, run.config.output.verify_checkpoint
-    source = resume_source(config)
-    path = source and find_checkpoint(source, config.run_folder, verify=verify)
+    config, source = run.config, resume_source(run.config)
     tensors = model_and_optimizer_tensors(run.model, run.optimizer, initialize=True)
     whole = [tensor for key, tensor in tensors.items() if key.removeprefix("model.") not in run.program.TIED]
     nbytes = sum(tensor.numel() * tensor.element_size() for tensor in whole)  # wherever their pieces lie
     group.attempt("looking for room", lambda: check_space(config, nbytes + SLACK_BYTES) if dist.get_rank() == 0 else None)
-    if not path:
+    found = source and _load(config, source, tensors)
+    if not found:
         if source:
             _say(f"{config.run_folder} holds no checkpoint yet: starting from the beginning")
         seed_random_state(config.seed, 0)
         return Progress()
-    state = load_checkpoint(path, tensors, verify=verify and source != LAST)  # `last` was verified when it was found
+    path, state = found
     check_later_checkpoints(config, state["step"])
     run.loader.load_state_dict(state["data"])
     restore_random_state(state["rng"], run.device, config.seed, state["step"])
     _say(f"resuming from {path} after step {state['step']}")
     return Progress(state["step"], state["tokens_seen"])
+
+
+def _load(config: TrainConfig, source: str, tensors: Mapping[str, Tensor]) -> tuple[Path, dict[str, Any]] | None:
+    """Fill the tensors from where the run continues: the file or folder, and the training state; None where the run has none yet."""
+    verify = config.output.verify_checkpoint
+    if source == LAST:
+        return load_newest(config.run_folder, tensors, verify=verify)
+    path = find_checkpoint(source, config.run_folder, verify=verify)
+    return path and (path, load_checkpoint(path, tensors, verify=verify))
 
 
 def _stop_if(signals: StopSignals) -> None:
