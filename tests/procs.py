@@ -11,6 +11,7 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
+import re
 import sys
 import tempfile
 import threading
@@ -89,7 +90,8 @@ def _collect(pipes: list[Connection], processes: list[Any], folder: str, deadlin
 def _errors(folder: str, rank: int) -> str:
     """The end of what a rank wrote to its standard error: what C++ says when it aborts, and the stack of a fatal signal."""
     path = _error_file(folder, rank)
-    return Path(path).read_text(errors="replace")[-4000:] if os.path.exists(path) else ""
+    text = Path(path).read_text(errors="replace") if os.path.exists(path) else ""
+    return re.sub(r"\nExtension modules: .*", "", text)[-4000:]
 
 
 def _error_file(folder: str, rank: int) -> str:

@@ -108,6 +108,14 @@ def test_without_a_number_everything_stays(tmp_path):
     assert folders.steps(tmp_path) == [0, 1, 2, 3]
 
 
+def test_a_flipped_bit_in_one_that_would_go_keeps_it(tmp_path):
+    for step in (0, 1):
+        _save(tmp_path, step)
+    _flip(tmp_path / "step-0")
+    assert keep(tmp_path, KeepRule(last=1)) == []
+    assert folders.steps(tmp_path) == [0, 1]
+
+
 @given(st.data())
 @settings(max_examples=30, deadline=None)
 def test_damaged_ones_neither_count_nor_go(tmp_path_factory, data):
@@ -153,14 +161,14 @@ def test_checkpoints_are_read_once_and_again_when_they_change(tmp_path, monkeypa
     assert read == []  # nothing would go, so nothing is asked
     judge.trust(_save(tmp_path, 3))
     assert keep(tmp_path, rule, judge) == [tmp_path / "step-1"]
-    assert read == ["step-2"]
+    assert sorted(read) == ["step-1", "step-2"]
     judge.trust(_save(tmp_path, 4))
     keep(tmp_path, rule, judge)
-    assert read == ["step-2"]
+    assert len(read) == 2
     _flip(tmp_path / "step-4")
     _save(tmp_path, 5)
     assert keep(tmp_path, rule, judge) == []
-    assert sorted(read[1:]) == ["step-4", "step-5"]
+    assert sorted(read[2:]) == ["step-4", "step-5"]
     assert folders.steps(tmp_path) == [3, 4, 5]
 
 

@@ -14,7 +14,7 @@ from seqloom.data.metadata import Metadata, write_metadata
 from seqloom.emit.request import CompileRequest
 from seqloom.errors import UserError
 from seqloom.trainer import start
-from seqloom.trainer.config import CompileConfig, OptimizerConfig, OutputConfig, TrainConfig, parse
+from seqloom.trainer.config import CompileConfig, FaultConfig, OptimizerConfig, OutputConfig, TrainConfig, parse
 from seqloom.trainer.schedule import learning_rate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,9 +105,9 @@ def test_parsing_needs_no_heavy_package():
 
 def test_help_explains_every_flag():
     result = subprocess.run([sys.executable, "train.py", "--help"], capture_output=True, text=True, cwd=ROOT, timeout=60, check=True)
-    for cls in (TrainConfig, CompileConfig, OptimizerConfig, OutputConfig):
+    for cls in (TrainConfig, CompileConfig, OptimizerConfig, OutputConfig, FaultConfig):
         for field in dataclasses.fields(cls):
-            if field.name not in ("compile", "optimizer", "output"):
+            if field.name not in ("compile", "optimizer", "output", "faults"):
                 assert f"--{field.name}" in result.stdout
     assert "Micro-batches of one step" in result.stdout
 
@@ -122,6 +122,10 @@ def test_help_explains_every_flag():
         (("--max_grad_norm", "-1"), "--max_grad_norm is -1"),
         (("--warmup_steps", "-1"), "--warmup_steps is -1"),
         (("--checkpoint_every", "0"), "--checkpoint_every is 0"),
+        (("--keep_last", "0"), "--keep_last is 0"),
+        (("--keep_every", "5"), "give --keep_last too"),
+        (("--max_skips", "-1"), "--max_skips is -1"),
+        (("--timeout", "0"), "--timeout is 0"),
         (("--num_epochs", "0"), "--num_epochs is 0"),
         (("--max_train_steps", "0"), "--max_train_steps is 0"),
     ],

@@ -383,9 +383,14 @@ def test_torchrun_restarts_a_killed_run_which_goes_on_by_itself(job):
     run_ranks(trained, 2, job, {"name": "not-restarted"}, timeout=120)
     words = flags(job, **{**RUN, "name": "restarted"})
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1", str(script), *words]
-    ended = subprocess.run(launch, capture_output=True, text=True, timeout=200)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    assert "resuming from" in ended.stdout
+    with subprocess.Popen(launch, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as agent:
+        try:
+            said, errors = agent.communicate(timeout=200)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(agent.pid, signal.SIGKILL)
+    assert agent.returncode == 0, errors[-3000:]
+    assert "resuming from" in said
     assert numbers(job, "restarted") == numbers(job, "not-restarted")
 
 

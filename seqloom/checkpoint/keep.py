@@ -84,14 +84,14 @@ class Judge:
 def keep(run_folder: Path, rule: KeepRule, judge: Judge | None = None) -> list[Path]:
     """Remove what `rule` does not keep of a run; returns the folders removed. For one process of a job; not collective.
 
-    Digests are checked (see `Judge`) of the checkpoints that count only, and only when something would be removed. Raises `OSError` when a
-    folder cannot be removed.
+    Digests are checked (see `Judge`) of the checkpoints that count and of those that are to go, and only when something would be removed.
+    Raises `OSError` when a folder cannot be removed.
     """
     judge = judge or Judge()
     good = _structurally_good(run_folder)
     while True:
         doomed = to_remove(good, rule)
-        decisive = counting(good, rule) if doomed else set()
+        decisive = counting(good, rule) | set(doomed) if doomed else set()
         bad = {step for step in decisive if not judge.is_good(folders.step_folder(run_folder, step))}
         if not bad:
             break
