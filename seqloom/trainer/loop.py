@@ -187,7 +187,7 @@ class _Loop:
         tensors = model_and_optimizer_tensors(run.model, run.optimizer)
         with self._failing_as_asked():
             self.saver.save(progress.step, tensors, Beside(state, config, tokenizer if tokenizer.is_dir() else None))
-        if not self.saver.writing:
+        if not run.config.output.async_checkpoint:
             self.collect()
 
     def collect(self) -> None:

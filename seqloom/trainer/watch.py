@@ -52,9 +52,13 @@ class Watch:
         while not self._stop.wait(min(5.0, self.timeout / 10)):
             still = time.monotonic() - self._moved
             place = where(sys._current_frames().get(self._main))
-            _tell({"step": self._step, "doing": self._doing, "where": place, "still_s": still, "time": time.time()})
-            if still > self.timeout:
-                self._end(stand_still(self.timeout, _all_told()))
+            try:
+                _tell({"step": self._step, "doing": self._doing, "where": place, "time": time.time()})
+                told = _all_told() if still > self.timeout else {}
+            except RuntimeError:  # the store went with the process that held it: the job is ending already
+                return
+            if told:
+                self._end(stand_still(self.timeout, told))
                 return
 
 
