@@ -330,7 +330,8 @@ class BruteForce:
         return {(n, layouts[n]) for n in region.segments[g].inputs if region.graph.values[n].requires_grad}
 
     def _kept(self, region: Region, chosen: Chosen, layouts: Mapping[str, Layout], counts: Counts) -> tuple[np.ndarray, np.ndarray]:
-        """Bytes that all calls keep, each storage in the layers in which some segment keeps it; and their share of one layer.
+        """Bytes that all calls keep, each storage in the layers in which some segment keeps it; and their share of one layer. What is the
+        same tensor in all calls counts once.
 
         An input of a segment that replays in some layers counts in those that keep too.
         """
@@ -347,10 +348,18 @@ class BruteForce:
                 held[key] = held.get(key, none) + kind["selective"]
             for key in {_root(roots, key) for key in self._starts(region, layouts, g)}:
                 held[key] = np.where(replaying > 0, replaying + kind["keep"], held.get(key, none))
-            for key, layers in held.items():
-                most[key] = np.maximum(most.get(key, 0), layers)
+            for key in held.keys() - self._common(region, layouts):
+                most[key] = np.maximum(most.get(key, 0), held[key])
         total = sum((layers * float(self._nbytes(region, key)) for key, layers in most.items()), np.zeros(counts.rows))
-        return total, total / region.count
+        saved = set().union(*(self._saved(region, chosen, g) for g in range(len(region.segments))))
+        once = sum(self._nbytes(region, key) for key in saved & self._common(region, layouts))
+        return once + total, once + total / region.count
+
+    def _common(self, region: Region, layouts: Mapping[str, Layout]) -> set[Key]:
+        """Inputs that are the same tensor in all calls, whatever is done with the layers: those without gradient, as they come."""
+        calls = [node for node in self.regions.graph.nodes if node.is_block and node.block == region.key]
+        same = [name for i, name in enumerate(region.graph.inputs) if len({call.inputs[i] for call in calls}) == 1]
+        return {(name, layouts[name]) for name in same if not region.graph.values[name].requires_grad}
 
     def _working(self, region: Region, chosen: Chosen, layouts: Mapping[str, Layout], counts: Counts) -> list[np.ndarray]:
         """The largest cluster's gradients and temporaries with what its segment brings back: unless the last layers made room for it, and
@@ -387,13 +396,13 @@ class BruteForce:
         """
         if mode == KEEP:
             return 0.0
-        saved, there = self._saved(region, chosen, g), self._starts(region, layouts, g)
+        saved, there, common = self._saved(region, chosen, g), self._starts(region, layouts, g), self._common(region, layouts)
         if mode == OFFLOAD:
             return 2.0 * sum(self._nbytes(region, key) for key in saved)
         spilled, tiled = mode.kind == "spill", mode.tiles > 1
         whole = (1 if spilled else 0) + (3 if tiled else 0) + (1 if spilled and tiled else 0)
         kept = _products(region, g) if mode.kind == "selective" else set()
-        again = saved if spilled else {key for key in saved - there if key[0] not in kept}
+        again = saved - common if spilled else {key for key in saved - there - common if key[0] not in kept}
         return sum(self._nbytes(region, key) for key in again) / mode.tiles + whole * sum(self._nbytes(region, key) for key in there)
 
     # --- all regions together, under one storage ---

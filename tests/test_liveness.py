@@ -55,6 +55,19 @@ def test_every_layer_adds_as_much_and_the_backward_takes_it_away() -> None:
     assert activations(found, "end of backward") == 0
 
 
+def test_what_all_layers_are_given_counts_once() -> None:
+    """The blocks of Llama share one `cos` and one `sin`: a layer adds what it saves beside them."""
+    found = plan()
+    block = found.regions[BLOCK]
+    given = {(name, block.layouts[name]) for name in block.region.graph.inputs if "cos" in name or "sin" in name}
+    saved = set().union(*(saved_keys(block, segment) for segment in block.segments))
+    assert len(given) == 2 and given <= saved, "both come as they are used"
+    alive = points(found)
+    first, second = (activations(alive, f"forward of {BLOCK} {layer}") for layer in (0, 1))
+    assert second - first == nbytes(found, saved - given)
+    assert first >= nbytes(found, saved)
+
+
 def test_the_last_offloaded_call_stays_until_the_backward_has_used_it() -> None:
     """Nobody follows it who would let it go, so the loss and the layers behind it see it on the device."""
     kept, some = plan(), plan(((OFFLOAD, 2), (KEEP, 1)))

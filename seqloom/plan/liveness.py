@@ -72,6 +72,7 @@ class _Walk:
                 self.calls.append((node.block, counts.setdefault(node.block, 0)))
                 counts[node.block] += 1
         self.before, self.behind = _outer_kept(plan)
+        self.before += sum(_kept_once(plan, planned) for planned in plan.regions.values())
         self._kept: dict[tuple[str, tuple[Mode, ...]], float] = {}
 
     @cached_property
@@ -161,6 +162,17 @@ def _nbytes(plan: Plan, planned: PlannedRegion, key: Key) -> float:
     return float(local_numel(value.shape, key[1], plan.machine.sizes) * value.dtype.itemsize)
 
 
+def _common(planned: PlannedRegion) -> set[Key]:
+    """Storages that are there anyhow, because all calls get the same tensor: those of `common` inputs in the layout in which they come."""
+    return {(name, planned.layouts[name]) for name in planned.region.common}
+
+
+def _kept_once(plan: Plan, planned: PlannedRegion) -> float:
+    """Bytes of what autograd saves of the tensors that all calls get."""
+    saved = {key for segment in planned.segments for key in saved_keys(planned, segment)}
+    return sum(_nbytes(plan, planned, key) for key in saved & _common(planned))
+
+
 def _roots(planned: PlannedRegion) -> dict[Key, Key]:
     roots: dict[Key, Key] = {}
     for cluster in planned.clusters:
@@ -178,7 +190,7 @@ def _root(roots: Mapping[Key, Key], key: Key) -> Key:
 
 
 def _kept(planned: PlannedRegion, modes: tuple[Mode, ...]) -> set[Key]:
-    """Storages that one call keeps on the device, each once, under a mode for each segment."""
+    """Storages that one call keeps on the device for itself, each once, under a mode for each segment."""
     roots = _roots(planned)
     found: set[Key] = set()
     for segment, mode in zip(planned.segments, modes, strict=True):
@@ -188,7 +200,7 @@ def _kept(planned: PlannedRegion, modes: tuple[Mode, ...]) -> set[Key]:
             found |= _held(planned, segment)
         if mode.kind == "selective":
             found |= {(name, planned.layouts[name]) for name in _products(planned, segment)}
-    return found
+    return found - _common(planned)
 
 
 def _products(planned: PlannedRegion, segment: PlannedSegment) -> set[str]:
@@ -239,9 +251,9 @@ def _transient(plan: Plan, planned: PlannedRegion, segment: PlannedSegment, mode
     held = _held(planned, segment)
     working += whole_inputs(mode) * sum(_nbytes(plan, planned, key) for key in held)
     if mode.kind == "spill":
-        return working + sum(_nbytes(plan, planned, key) for key in keys) / mode.tiles
+        return working + sum(_nbytes(plan, planned, key) for key in keys - _common(planned)) / mode.tiles
     products = _products(planned, segment) if mode.kind == "selective" else set()
-    again = [key for key in keys - held if key[0] not in products]
+    again = [key for key in keys - held - _common(planned) if key[0] not in products]
     return working + sum(_nbytes(plan, planned, key) for key in again) / mode.tiles
 
 

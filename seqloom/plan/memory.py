@@ -8,7 +8,8 @@ The rule, in bytes on one rank (`budget` at most):
 
 In between it is less: layers keep no less than those before them, so the sum of what is kept and what has piled up is convex in time.
 
-`kept` counts every storage that some layer keeps for backward once a layer. An input of a segment that replays counts in all layers that
+`kept` counts every storage that some layer keeps for backward once a layer; one that all layers are given (the `common` inputs of a
+region, in the layout in which they come) once, whatever the layers do. An input of a segment that replays counts in all layers that
 do not send it to the host, those that keep included: then every storage is kept from some layer on, and the layers of several segments
 need no adding up. `transient` is the largest over all clusters of: parameters in flight, the cluster's gradients and temporaries, and
 what its segment must bring back first. Nothing is counted as brought back where the last layers of the segment keep: when the backward
@@ -19,7 +20,8 @@ The last call that uses host memory keeps its activations on the device until th
 are there: `staying`. It adds to all that happens elsewhere; where host memory is used itself, both calls are in what is brought back.
 
 Variables:
-  kept[v, L]       share of the layers that keep value v in layout L                      `_kept_rows`
+  kept[v, L]       share of the layers that keep value v in layout L for themselves       `_kept_rows`
+  once[v, L]       all layers are given value v in layout L, and autograd saves it        `_kept_once`
   saved[g, v, L]   autograd saves v in L inside segment g                                 `_saved_variables`
   sent[g, v, L]    share of the layers whose v in L goes to host memory                   `_host_traffic`
   used[g, m]       some layer of segment g runs mode m                                    `_transient_rows`
@@ -132,6 +134,7 @@ def _kept_rows(memory: Memory, region: Region, roots: Roots, savers: Mapping[int
     """kept[v, L] >= the share of layers in which each segment keeps v in L, by keeping, by `selective`, or as an input of its replay."""
     problem, program = memory.problem, memory.program
     kept: dict[Key, int] = {}
+    given = _kept_once(memory, region, savers)
     for segment in _segments(region):
         others = _selective(problem, region, segment)
         for key, column in _inputs(memory, region, segment, roots).items():
@@ -141,10 +144,26 @@ def _kept_rows(memory: Memory, region: Region, roots: Roots, savers: Mapping[int
                 kept[key] = program.variable(upper=1.0)
             for columns in savers[segment].get(key, {0: []}).values():
                 own = [(share, -1.0) for c in columns if (share := _kept_share(problem, c)) is not None]
-                program.constrain([(kept[key], 1.0), *own, *others.get(key, [])], 0.0)
+                program.constrain([(kept[key], 1.0), *own, *others.get(key, []), *((c, 1.0) for c in given.get(key, ()))], 0.0)
         _stay_held(memory, region, segment, roots, kept)
     memory.first += [(column, _nbytes(memory, region, key)) for key, column in kept.items()]
     memory.kept += [(column, region.count * _nbytes(memory, region, key)) for key, column in kept.items()]
+
+
+def _kept_once(memory: Memory, region: Region, savers: Mapping[int | None, Savers]) -> dict[Key, list[int]]:
+    """once[v, L] >= 1 where some cluster saves a `common` input in the layout L in which it comes.
+
+    Returns the variables that say that it comes in L, by storage.
+    """
+    given: dict[Key, list[int]] = {}
+    for key in dict.fromkeys(key for found in savers.values() for key in found if key[0] in region.common):
+        given[key] = memory.problem.sources[region.key, key[0]].get(key[1], [])
+        once = memory.program.variable(upper=1.0)
+        for columns in (columns for found in savers.values() for columns in found.get(key, {}).values()):
+            memory.program.constrain([(once, 1.0), *((c, -1.0) for c in (*columns, *given[key]))], -1.0)
+        memory.first.append((once, _nbytes(memory, region, key)))
+        memory.kept.append((once, _nbytes(memory, region, key)))
+    return given
 
 
 def _kept_share(problem: Problem, choice: int) -> int | None:
@@ -276,7 +295,7 @@ def _brought_back(memory: Memory, region: Region, segment: int | None, savers: S
         made = saved
         for columns in clusters.values():
             program.constrain([(saved, 1.0), *((c, -1.0) for c in columns)], 0.0)
-        if name in inputs and region.graph.values[name].requires_grad:  # held for the replay already where it came in this layout
+        if name in region.common or (name in inputs and region.graph.values[name].requires_grad):  # there already if it came in this layout
             made = program.variable(upper=1.0)
             source = problem.sources[region.key, name].get(key[1], [])
             for columns in clusters.values():
@@ -285,7 +304,7 @@ def _brought_back(memory: Memory, region: Region, segment: int | None, savers: S
             if mode.kind == "offload":
                 back[mode].append((saved, 2 * nbytes))
             elif mode.kind == "spill":
-                back[mode].append((saved, nbytes / mode.tiles))
+                back[mode].append((made if name in region.common else saved, nbytes / mode.tiles))
             elif mode.kind == "recompute" or name not in products:
                 back[mode].append((made, nbytes / mode.tiles))
     for mode in modes:

@@ -20,7 +20,10 @@ OUTER = ""
 
 @dataclass(frozen=True)
 class Region:
-    """One graph to be planned once: its clusters in execution order, its segments (none for the outer graph), its number of calls."""
+    """One graph to be planned once: its clusters in execution order, its segments (none for the outer graph), its number of calls.
+
+    `common` are the inputs without gradient that are one and the same tensor in all calls (a block's `cos` and `sin`).
+    """
 
     key: str
     graph: Graph
@@ -28,6 +31,7 @@ class Region:
     parts: tuple[Cluster, ...]
     segments: tuple[Segment, ...]
     labels: Labels
+    common: frozenset[str] = frozenset()
 
     def segment_of(self, part: int) -> int | None:
         """Index of the segment that holds a cluster."""
@@ -62,8 +66,15 @@ def build_regions(graph: Graph, attention: str = "auto") -> Regions:
     for name, count in counts.items():
         block = graph.blocks[name]
         inside = _restricted(clusters(block), attention)
-        parts[name] = Region(name, block, count, inside, segments(block, inside), labels[name])
+        common = _common(block, [call for call in calls if call.block == name])
+        parts[name] = Region(name, block, count, inside, segments(block, inside), labels[name], common)
     return Regions(graph, parts, _slots(graph, calls))
+
+
+def _common(block: Graph, calls: list[Node]) -> frozenset[str]:
+    """Inputs without gradient for which every call gets the same value."""
+    given = zip(block.inputs, *(call.inputs for call in calls), strict=True)
+    return frozenset(inner for inner, *outer in given if len(set(outer)) == 1 and not block.values[inner].requires_grad)
 
 
 def _restricted(parts: tuple[Cluster, ...], attention: str) -> tuple[Cluster, ...]:
