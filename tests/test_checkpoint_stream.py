@@ -139,7 +139,7 @@ def test_load_newest_is_find_and_load(tmp_path, caplog):
     assert folder == find_checkpoint("last", tmp_path) == tmp_path / "step-1"
     assert state == {"step": 1}
     assert torch.equal(tensors["model.w"], torch.ones(50))
-    assert "step-3 is damaged (shard-00000.safetensors from byte 0 has digest" in caplog.text
+    assert "step-3 is damaged: shard-00000.safetensors from byte 0 has digest" in caplog.text
     assert f"using the previous good checkpoint {tmp_path / 'step-1'}" in caplog.text
     _damage(tmp_path / "step-1")
     with pytest.raises(UserError, match="no checkpoint of .* is good"):

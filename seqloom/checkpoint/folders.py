@@ -24,7 +24,7 @@ LATEST = "latest"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 _STEP = re.compile(r"step-(0|[1-9][0-9]*)")
 _STAGING = ".staging-"
-_NAME_BYTES = 4096  # what a new name in a folder may take: a block
+NAME_BYTES = 4096  # what a new name in a folder may take: a block
 _log = logging.getLogger(__name__)
 
 
@@ -105,7 +105,7 @@ def structural_damage(folder: Path) -> str | None:
 def make_staging(target: Path) -> Path:
     """A new empty folder beside `target` to write in, named so that nobody takes it for a finished one."""
     staging = staging_path(target.parent, target.name)
-    with _space_for(_NAME_BYTES, target.parent, f"saving {target.name}"):
+    with space_for(NAME_BYTES, target.parent, f"saving {target.name}"):
         staging.mkdir()
     return staging
 
@@ -135,7 +135,7 @@ def commit(staging: Path, target: Path) -> None:
 
     When only the pointer cannot be written, that is a warning: nothing is found by it.
     """
-    with _space_for(_NAME_BYTES, staging.parent, f"committing {target.name}"):
+    with space_for(NAME_BYTES, staging.parent, f"committing {target.name}"):
         for path in (staging, *(p for p in staging.rglob("*") if p.is_dir())):
             sync(path)
         os.rename(staging, target)
@@ -151,22 +151,28 @@ def commit(staging: Path, target: Path) -> None:
 
 def write_durably(path: Path, data: bytes) -> None:
     """Write a small file and flush it to disk. Raises `UserError` naming the bytes needed and free when the disk is full."""
-    with _space_for(len(data), path.parent, f"writing {path.name}"), open(path, "wb") as file:
+    with space_for(len(data), path.parent, f"writing {path.name}"), open(path, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
 
 
 @contextmanager
-def _space_for(needed: int, folder: Path, doing: str) -> Iterator[None]:
-    """Turn the system's word of a full disk into a sentence with the bytes needed and free."""
+def space_for(needed: int, folder: Path, doing: str) -> Iterator[None]:
+    """A context that turns the system's word of a full disk into a sentence with the bytes needed and free."""
     try:
         yield
     except OSError as error:
         if error.errno not in FULL:
             raise
         free = shutil.disk_usage(folder).free
-        raise UserError(f"{doing} needs {needed} bytes in {folder}, whose disk is full ({free} are free): make room") from error
+        raise UserError(f"{doing} needs {needed} bytes in {_shown(folder)}, whose disk is full ({free} are free): make room") from error
+
+
+def _shown(folder: Path) -> Path:
+    """A folder as the user knows it: for one that is being written, where it will be."""
+    staging = next((path for path in (folder, *folder.parents) if path.name.startswith(_STAGING)), None)
+    return staging.parent if staging else folder
 
 
 def sync(path: Path) -> None:

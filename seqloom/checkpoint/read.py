@@ -7,9 +7,9 @@ was written does not matter: wanted slices of the global tensors are met with th
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,10 +21,15 @@ from seqloom.errors import UserError
 
 _log = logging.getLogger(__name__)
 _SHOWN = 3
+T = TypeVar("T")
 
 
 class DamagedError(UserError):
-    """A checkpoint is not what was written."""
+    """A checkpoint is not what was written; `found` says what is wrong with it, without advice."""
+
+    def __init__(self, path: Path, problem: str) -> None:
+        super().__init__(f"{path} is damaged ({problem}): resume from another checkpoint, or put a good copy in its place")
+        self.found = f"{path} is damaged: {problem}"
 
 
 def find_checkpoint(path_or_last: str, run_folder: Path, *, verify: bool = True) -> Path | None:
@@ -50,21 +55,8 @@ def find_checkpoint(path_or_last: str, run_folder: Path, *, verify: bool = True)
 
 def newest_good(run_folder: Path, *, verify: bool = True) -> Path | None:
     """The newest undamaged step folder of a run, None where there is no step folder. Collective; see `find_checkpoint`."""
-    steps = group.gather_json(folders.steps(run_folder))[0]
-    problem = ""
-    for step in reversed(steps):
-        folder = folders.step_folder(run_folder, step)
-        found = damage(folder, digests=verify)
-        if found is None:
-            if problem and group.rank() == 0:
-                _log.warning("using the previous good checkpoint %s", folder)
-            return folder
-        problem = f"{folder} is damaged: {found}"
-        if group.rank() == 0:
-            _log.warning("%s", problem)
-    if problem:
-        raise UserError(f"no checkpoint of {run_folder} is good ({problem}): restore one, or move them away to start from scratch")
-    return None
+    found = _newest(run_folder, lambda folder: _refuse(folder, damage(folder, digests=verify)))
+    return found and found[0]
 
 
 def load_newest(
@@ -75,21 +67,31 @@ def load_newest(
     The same as `find_checkpoint("last")` and then `load_checkpoint`, but the bytes are read once: a checkpoint that turns out damaged
     while it fills the tensors is named in a warning and the one before it fills them anew. Raises `UserError` as both do.
     """
-    problem = ""
+    return _newest(run_folder, lambda folder: load_checkpoint(folder, tensors, verify=verify, strict=strict))
+
+
+def _newest(run_folder: Path, take: Callable[[Path], T]) -> tuple[Path, T] | None:
+    """The newest step folder that `take` does not find damaged, and what `take` made of it. Collective, as `take` may be."""
+    problem = None
     for folder in reversed([folders.step_folder(run_folder, step) for step in group.gather_json(folders.steps(run_folder))[0]]):
         try:
-            state = load_checkpoint(folder, tensors, verify=verify, strict=strict)
+            taken = take(folder)
         except DamagedError as error:
-            problem = str(error)
-            if group.rank() == 0:
-                _log.warning("%s", problem)
+            problem = error.found
+            _warn("%s", problem)
             continue
-        if problem and group.rank() == 0:
-            _log.warning("using the previous good checkpoint %s", folder)
-        return folder, state
-    if problem:
+        if problem is not None:
+            _warn("using the previous good checkpoint %s", folder)
+        return folder, taken
+    if problem is not None:
         raise UserError(f"no checkpoint of {run_folder} is good ({problem}): restore one, or move them away to start from scratch")
     return None
+
+
+def _warn(text: str, what: object) -> None:
+    """Rank 0 warns."""
+    if group.rank() == 0:
+        _log.warning(text, what)
 
 
 def load_checkpoint(path: Path, tensors: Mapping[str, torch.Tensor], *, verify: bool = True, strict: bool = True) -> dict[str, Any]:
@@ -135,7 +137,7 @@ def _fill_checked(doing: str, reader: CheckedReader, path: Path, wanted: list[Wa
 
 def _refuse(path: Path, problem: str | None) -> None:
     if problem is not None:
-        raise DamagedError(f"{path} is damaged ({problem}): resume from another checkpoint, or put a good copy in its place")
+        raise DamagedError(path, problem)
 
 
 def _in_stored_order(reader: TensorReader, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> list[Wanted]:

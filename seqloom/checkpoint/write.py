@@ -8,7 +8,6 @@ ends in an agreement, so a failure on one rank is an error on all.
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 from collections import defaultdict
@@ -75,7 +74,7 @@ def write_checkpoint(run_folder: Path, step: int, division: Division, piece_of: 
     _refuse_existing(target)
     staging = Path(group.attempt(doing, lambda: _prepare(target, needed) if group.rank() == 0 else None)[0])
     try:
-        written = group.attempt(doing, lambda: _write_shards(staging, group.rank(), division.mine(), piece_of, needed))
+        written = group.attempt(doing, lambda: _write_shards(staging, target, division.mine(), piece_of, needed))
         group.attempt(doing, lambda: _finish(staging, target, step, division.infos, written, beside))
     except BaseException:
         _discard(staging)
@@ -106,20 +105,17 @@ def _prepare(target: Path, needed: int) -> str:
         raise UserError(f"cannot write in {target.parent}: {error.strerror}; choose a folder that can be written") from error
 
 
-def _write_shards(staging: Path, rank: int, jobs: Sequence[Job], piece_of: PieceOf, needed: int) -> dict[str, dict[str, Any]]:
-    """This rank's shard files, each of about `MAX_FILE_BYTES` at most; file name -> bytes, blocks and the keys in it."""
-    answer = {}
+def _write_shards(staging: Path, target: Path, jobs: Sequence[Job], piece_of: PieceOf, needed: int) -> dict[str, dict[str, Any]]:
+    """This rank's shard files of `target`, each of about `MAX_FILE_BYTES` at most; file name -> bytes, blocks and the keys in it."""
+    answer, rank = {}, group.rank()
     for number, part in enumerate(_split(jobs)):
         name = f"shard-{rank:05d}.safetensors" if number == 0 else f"shard-{rank:05d}-{number}.safetensors"
-        try:
-            with TensorFileWriter(staging / name, {job.key: job.stored for job in part}, {"format": "pt"}) as writer:
-                for job in part:
-                    writer.append(piece_of(job))
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            folders.require_space(staging, needed, f"saving {staging.name}")
-            raise UserError(f"the disk of {staging.parent} is full: the checkpoint needs {needed} bytes; make room") from error
+        with (
+            folders.space_for(needed, target.parent, f"saving {target.name}"),
+            TensorFileWriter(staging / name, {job.key: job.stored for job in part}, {"format": "pt"}) as writer,
+        ):
+            for job in part:
+                writer.append(piece_of(job))
         pieces = [[job.name, job.key, job.box.offsets, job.box.sizes] for job in part]
         answer[name] = {"bytes": writer.nbytes, "blocks": writer.blocks, "pieces": pieces}
     return answer
@@ -178,7 +174,8 @@ def _write_hf(staging: Path, beside: Beside) -> dict[str, FileEntry]:
     if beside.model_config is not None:
         contents["config.json"] = (json.dumps(beside.model_config, indent=2, sort_keys=True) + "\n").encode()
     if contents:
-        (staging / "hf").mkdir()
+        with folders.space_for(folders.NAME_BYTES, staging, "saving a checkpoint"):
+            (staging / "hf").mkdir()
     entries = {}
     for name, data in contents.items():
         folders.write_durably(staging / "hf" / name, data)
