@@ -358,7 +358,8 @@ def test_a_killed_run_resumes_to_the_last_bit(job, forces):
     run_ranks(trained, ranks, job, *[{**plan, "force": force, "name": f"once-{force}"} for force in forces], timeout=120)
     for force in forces:
         with pytest.raises(RankError):
-            run_ranks(_until_killed, ranks, job, {**plan, "force": force, "name": f"killed-{force}"}, 0, 1, 3, timeout=120)
+            killed = {**plan, "force": force, "name": f"killed-{force}", "no_async_checkpoint": True}
+            run_ranks(_until_killed, ranks, job, killed, 0, 1, 3, timeout=120)
         assert folders.steps(job / f"checkpoints/killed-{force}") == [2]
     again = [{**plan, "force": force, "name": f"killed-{force}", "resume_path": "last"} for force in forces]
     run_ranks(trained, ranks, job, *again, timeout=120)
