@@ -125,7 +125,7 @@ def test_commands_on_a_program(command, room, program, tmp_path, name, module):
     calls = room(module, "run", 1)
     assert command(name, *program) == 1
     folder = tmp_path / "programs/tiny"
-    assert calls == [((folder, None) if name == "dryrun" else (folder,), {})]
+    assert calls == [((folder,) if name == "explain" else (folder, None), {})]
     with pytest.raises(UserError, match="no compiled program .*absent.*seqloom compile --name absent"):
         command(name, *program, "--name", "absent")
 

@@ -42,6 +42,19 @@ def test_verify_fails_loudly_when_the_program_is_wrong(folder, capsys, monkeypat
     assert "FAILED" in capsys.readouterr().out
 
 
+def test_a_plan_of_many_ranks_is_laid_over_a_small_mesh(tmp_path, capsys):
+    """A mesh of 8 x 4 ranks, more than key/value heads, proved on 2 x 2."""
+    FAMILIES["llama"](2).save_pretrained(tmp_path / "model")
+    asked = CompileRequest(
+        str(tmp_path / "model"), 128, 32, 32, "wide", hardware="cpu", precision="fp32", force="sp8,sp4", zero=3, output_folder=tmp_path
+    )
+    folder = compile_program(asked).folder
+    assert verify.run(folder, ranks_per_axis=2) == 0
+    assert "parity: passed" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--ranks_per_axis 1 leaves nothing"):
+        verify.run(folder, ranks_per_axis=1)
+
+
 def test_verify_without_a_program(tmp_path):
     with pytest.raises(UserError, match="compile it first"):
         verify.verify(tmp_path)

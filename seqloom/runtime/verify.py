@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from itertools import accumulate, pairwise
 from math import prod
@@ -45,11 +47,13 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-9
 SHORT = 16  # tokens a rank: a tile of the sequence holds at least one
 TIMEOUT = timedelta(minutes=5)
+PRELOADED = ["seqloom.runtime.parity", "torch.distributed.fsdp", "torch.distributed._functional_collectives", "safetensors.torch"]
+"""What processes import, once for all of them: they share its memory, and 64 fit where 20 would."""
 
 
-def run(folder: Path) -> int:
+def run(folder: Path, ranks_per_axis: int | None = None) -> int:
     """Verify the program in `folder`, print the result, return the exit code (0 when it passes)."""
-    difference = verify(folder)
+    difference = verify(folder, ranks_per_axis=ranks_per_axis)
     passed = difference.loss < TOLERANCE and difference.gradient < TOLERANCE
     print(f"{'loss':<24}{difference.loss:.1e} relative to the original model")
     print(f"{'largest gradient':<24}{difference.gradient:.1e} {difference.parameter}")
@@ -57,16 +61,19 @@ def run(folder: Path) -> int:
     return 0 if passed else 1
 
 
-def verify(folder: Path, *, dp: int | None = None) -> Difference:
+def verify(folder: Path, *, dp: int | None = None, ranks_per_axis: int | None = None) -> Difference:
     """How far the plan in `folder` is from the original model, on a shrunken model. `dp` scale units (default 1, or the plan's up to 2).
 
-    Raises `UserError` where there is no plan, or it does not fit the shrunken model.
+    With `ranks_per_axis` the decisions are laid over a mesh of the same axes with so many ranks each. Raises `UserError` where there is no
+    plan, or it does not fit the shrunken model.
     """
     mark = prints.read(folder)
     if mark is None or not (folder / PLAN).is_file():
         raise UserError(f"there is no compiled program in {folder}: compile it first, or give its --name")
     document = json.loads((folder / PLAN).read_text(encoding="utf-8"))
     decisions = parse_decisions(document["decisions"])
+    if ranks_per_axis is not None:
+        decisions = _narrowed(decisions, ranks_per_axis)
     request = mark["request"]
     config = _config(mark["config"])
     return verify_decisions(
@@ -78,6 +85,13 @@ def verify(folder: Path, *, dp: int | None = None) -> Difference:
         loss=request["loss"],
         documents=plan_documents(document),
     )
+
+
+def _narrowed(decisions: Decisions, ranks: int) -> Decisions:
+    """The decisions over a mesh with `ranks` ranks on every axis."""
+    if ranks < 2:
+        raise UserError(f"--ranks_per_axis {ranks} leaves nothing of the plan's splits to prove: give 2 or more")
+    return replace(decisions, axes=tuple(replace(axis, size=ranks) for axis in decisions.axes))
 
 
 def plan_documents(document: Mapping[str, Any]) -> tuple[int, ...]:
@@ -111,7 +125,8 @@ def verify_decisions(
         AutoModelForCausalLM.from_config(small, dtype=torch.float64).save_pretrained(weights)
         write_program(small, decisions, folder, batch=batch, seq_len=length, loss=loss, documents=documents)
         job = (units * plan_ranks, str(Path(place) / "store"), folder, small, weights, batches, result)
-        torch.multiprocessing.spawn(_rank, job, nprocs=units * plan_ranks)
+        multiprocessing.set_forkserver_preload(PRELOADED)
+        torch.multiprocessing.start_processes(_rank, job, nprocs=units * plan_ranks, start_method="forkserver")
         found = load_file(result)
         true_loss, true_gradients = original_gradients(small, weights, batches)
     return compare(found.pop("loss").item(), found, true_loss, true_gradients)
