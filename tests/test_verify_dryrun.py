@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -42,17 +44,28 @@ def test_verify_fails_loudly_when_the_program_is_wrong(folder, capsys, monkeypat
     assert "FAILED" in capsys.readouterr().out
 
 
-def test_a_plan_of_many_ranks_is_laid_over_a_small_mesh(tmp_path, capsys):
-    """A mesh of 8 x 4 ranks, more than key/value heads, proved on 2 x 2."""
-    FAMILIES["llama"](2).save_pretrained(tmp_path / "model")
-    asked = CompileRequest(
-        str(tmp_path / "model"), 128, 32, 32, "wide", hardware="cpu", precision="fp32", force="sp8,sp4", zero=3, output_folder=tmp_path
-    )
-    folder = compile_program(asked).folder
+@pytest.mark.parametrize("attention", ["heads", "gather"])
+def test_a_plan_of_many_ranks_is_laid_over_a_small_mesh(tmp_path, capsys, attention):
+    """A mesh of 4 x 4 ranks, proved on 2 x 2; by heads it splits the query heads of each of four key/value heads."""
+    config = FAMILIES["llama"](2)
+    config.num_attention_heads, config.num_key_value_heads, config.head_dim = 16, 4, 8
+    config.save_pretrained(tmp_path / "model")
+    flags = {"hardware": "cpu", "precision": "fp32", "force": "sp4,sp4", "zero": 3, "attention": attention}
+    folder = compile_program(CompileRequest(str(tmp_path / "model"), 128, 16, 16, "wide", output_folder=tmp_path, **flags)).folder
     assert verify.run(folder, ranks_per_axis=2) == 0
     assert "parity: passed" in capsys.readouterr().out
     with pytest.raises(UserError, match="--ranks_per_axis 1 leaves nothing"):
         verify.run(folder, ranks_per_axis=1)
+
+
+def test_a_process_that_the_system_ends_is_one_sentence(folder, monkeypatch):
+    monkeypatch.setattr(verify, "_rank", _killed)
+    with pytest.raises(UserError, match=r"process \d of 2 was ended from outside \(SIGKILL\).*--ranks_per_axis 2"):
+        verify.verify(folder)
+
+
+def _killed(rank, *_):
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_verify_without_a_program(tmp_path):

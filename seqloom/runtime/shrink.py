@@ -1,14 +1,18 @@
 """A small model of the same structure: the config on which a plan is proved.
 
 Widths, vocabulary and depth shrink; the numbers of heads stay, because plans split them. Sizes are multiples of the ranks, so that
-every split of the plan still divides.
+every split of the plan still divides. A plan of more ranks than a machine can run is proved on a mesh of the same axes with fewer ranks.
 """
 
 from __future__ import annotations
 
 import copy
-from math import lcm
+from dataclasses import replace
+from math import lcm, prod
 from typing import TYPE_CHECKING
+
+from seqloom.errors import UserError
+from seqloom.plan.solver import Decisions
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -40,3 +44,20 @@ def shrink(config: PretrainedConfig, ranks: int) -> PretrainedConfig:
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(small, name, None)
     return small
+
+
+def narrow(config: PretrainedConfig, decisions: Decisions, ranks: int) -> tuple[PretrainedConfig, Decisions]:
+    """The decisions over a mesh with `ranks` ranks on every axis, and a config for it: where axes split the query heads of a key/value
+    head, which needs key/value heads that other axes have split down to one, there are so few of these.
+
+    Raises `UserError` for fewer than two ranks.
+    """
+    if ranks < 2:
+        raise UserError(f"--ranks_per_axis {ranks} leaves nothing of the plan's splits to prove: give 2 or more")
+    axes = tuple(replace(axis, size=ranks) for axis in decisions.axes)
+    grouped = [splits for clusters in decisions.splits.values() for splits in clusters if "g" in splits]
+    if grouped:
+        config, groups = copy.deepcopy(config), config.num_attention_heads // config.num_key_value_heads
+        config.num_key_value_heads = max(prod(ranks for split in splits if split == "k") for splits in grouped)
+        config.num_attention_heads = groups * config.num_key_value_heads
+    return config, replace(decisions, axes=axes)

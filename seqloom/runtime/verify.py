@@ -13,7 +13,6 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from datetime import timedelta
 from itertools import accumulate, pairwise
 from math import prod
@@ -39,7 +38,7 @@ from seqloom.plan.price import Machine
 from seqloom.plan.regions import build_regions
 from seqloom.plan.solver import Decisions
 from seqloom.runtime.parity import Difference, compare, original_gradients, program_gradients, random_batches
-from seqloom.runtime.shrink import shrink
+from seqloom.runtime.shrink import narrow, shrink
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -72,10 +71,9 @@ def verify(folder: Path, *, dp: int | None = None, ranks_per_axis: int | None = 
         raise UserError(f"there is no compiled program in {folder}: compile it first, or give its --name")
     document = json.loads((folder / PLAN).read_text(encoding="utf-8"))
     decisions = parse_decisions(document["decisions"])
+    request, config = mark["request"], _config(mark["config"])
     if ranks_per_axis is not None:
-        decisions = _narrowed(decisions, ranks_per_axis)
-    request = mark["request"]
-    config = _config(mark["config"])
+        config, decisions = narrow(config, decisions, ranks_per_axis)
     return verify_decisions(
         config,
         decisions,
@@ -85,13 +83,6 @@ def verify(folder: Path, *, dp: int | None = None, ranks_per_axis: int | None = 
         loss=request["loss"],
         documents=plan_documents(document),
     )
-
-
-def _narrowed(decisions: Decisions, ranks: int) -> Decisions:
-    """The decisions over a mesh with `ranks` ranks on every axis."""
-    if ranks < 2:
-        raise UserError(f"--ranks_per_axis {ranks} leaves nothing of the plan's splits to prove: give 2 or more")
-    return replace(decisions, axes=tuple(replace(axis, size=ranks) for axis in decisions.axes))
 
 
 def plan_documents(document: Mapping[str, Any]) -> tuple[int, ...]:
@@ -125,8 +116,7 @@ def verify_decisions(
         AutoModelForCausalLM.from_config(small, dtype=torch.float64).save_pretrained(weights)
         write_program(small, decisions, folder, batch=batch, seq_len=length, loss=loss, documents=documents)
         job = (units * plan_ranks, str(Path(place) / "store"), folder, small, weights, batches, result)
-        multiprocessing.set_forkserver_preload(PRELOADED)
-        torch.multiprocessing.start_processes(_rank, job, nprocs=units * plan_ranks, start_method="forkserver")
+        _run_processes(units * plan_ranks, job)
         found = load_file(result)
         true_loss, true_gradients = original_gradients(small, weights, batches)
     return compare(found.pop("loss").item(), found, true_loss, true_gradients)
@@ -155,6 +145,19 @@ def scaled_documents(documents: Sequence[int], length: int) -> tuple[int, ...]:
     ends = [max(index + 1, round(end * (length - len(kept)) / sum(kept)) + index + 1) for index, end in enumerate(accumulate(kept))]
     ends[-1] = length
     return tuple(end - start for start, end in pairwise([0, *ends]))
+
+
+def _run_processes(count: int, job: tuple[Any, ...]) -> None:
+    """Run `_rank` on so many processes. Raises `UserError` where the system ends one, which it does when memory is short."""
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it would tell of every process that it ends after one failed
+    try:
+        torch.multiprocessing.start_processes(_rank, job, nprocs=count, start_method="forkserver")
+    except torch.multiprocessing.ProcessExitedException as error:
+        raise UserError(
+            f"process {error.error_index} of {count} was ended from outside ({error.signal_name or f'exit code {error.exit_code}'}), as a "
+            "machine does that runs out of memory: verify the plan on fewer with --ranks_per_axis 2"
+        ) from error
 
 
 def _rank(rank: int, world: int, store: str, folder: Path, config: PretrainedConfig, weights: Path, batches: list, result: Path) -> None:
