@@ -60,7 +60,7 @@ class ConfigSource:
     def resolve(self) -> PretrainedConfig:
         """The config. Raises UserError for one that cannot be read, or an architecture transformers does not know."""
         if self.fields is not None:
-            return _from_fields(self.fields)
+            return config_of(self.fields)
         folder = Path(self.model_id).expanduser()
         return _from_pretrained(folder if self.file == folder / CONFIG else self.model_id, local_only=self.file is not None)
 
@@ -132,7 +132,8 @@ def _known_hub_ids() -> dict[str, tuple[str, dict[str, Any]]]:
     return {hub_id: (name, changes) for name in architecture_names() for hub_id, changes in _published(name)[HUB_IDS].items()}
 
 
-def _from_fields(fields: Mapping[str, Any]) -> PretrainedConfig:
+def config_of(fields: Mapping[str, Any]) -> PretrainedConfig:
+    """The config of the fields of a `config.json`."""
     from transformers import AutoConfig
 
     return AutoConfig.for_model(**{key: value for key, value in fields.items() if key != HUB_IDS})

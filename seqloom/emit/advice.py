@@ -12,8 +12,9 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from seqloom.capture.architecture import config_of
 from seqloom.capture.cache import Cache
 from seqloom.capture.warm import ModelConfig, config_fields
 from seqloom.cost.hardware import Hardware
@@ -22,9 +23,6 @@ from seqloom.emit.pipeline import CACHE, PLAN, planned_hardware
 from seqloom.emit.replan import GAP, best_plan, capture_regions, plan_words
 from seqloom.emit.request import CompileRequest
 from seqloom.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 MORE_MEMORY = 1.5
 BACKWARD_SHARE = 2.5  # FLOPs of the backward of attention over those of its forward: what a kernel is chosen by
@@ -105,9 +103,7 @@ def _request(folder: Path, known: Mapping[str, Any]) -> CompileRequest:
 
 def _config(known: Mapping[str, Any]) -> ModelConfig:
     """The model's config as the fingerprint holds it: the folder it came from may be gone."""
-    from transformers import AutoConfig
-
-    config: PretrainedConfig = AutoConfig.for_model(**known["config"])
+    config = config_of(known["config"])
     return ModelConfig("", config_fields(config), config)
 
 

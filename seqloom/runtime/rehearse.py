@@ -26,6 +26,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from seqloom.capture.architecture import config_of
 from seqloom.emit import fingerprint as prints
 from seqloom.emit.pipeline import DTYPES
 from seqloom.errors import UserError
@@ -122,7 +123,7 @@ def rehearse(folder: Path, rank: int, device: torch.device, steps: int) -> Rehea
     if steps < 1:
         raise UserError(f"--steps {steps}: give 1 or more steps to time")
     check_fits(plan, free_bytes(device), free_bytes(torch.device("cpu")), device)
-    config = _config(mark["config"])
+    config = config_of(mark["config"])
     try:
         with simulated_job(rank, world), _threads_of_a_rank(world):
             return _rehearse(folder, plan, config, DTYPES[mark["request"]["precision"]], rank, device, steps)
@@ -255,12 +256,6 @@ def _name(device: torch.device) -> str:
 
 def _lines(path: str) -> list[str]:
     return Path(path).read_text(encoding="utf-8").splitlines() if Path(path).is_file() else []
-
-
-def _config(settings: Mapping[str, Any]) -> PretrainedConfig:
-    from transformers import AutoConfig
-
-    return AutoConfig.for_model(settings["model_type"], **{name: value for name, value in settings.items() if name != "model_type"})
 
 
 def predicted_seconds(plan: Mapping[str, Any]) -> dict[str, float]:

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 
 import seqloom.runtime.offload
 from seqloom.capture import capture
+from seqloom.capture.architecture import config_of
 from seqloom.capture.documents import attend_inside_documents
 from seqloom.cost.hardware import load_hardware
 from seqloom.emit import fingerprint as prints
@@ -71,7 +72,7 @@ def verify(folder: Path, *, dp: int | None = None, ranks_per_axis: int | None = 
         raise UserError(f"there is no compiled program in {folder}: compile it first, or give its --name")
     document = json.loads((folder / PLAN).read_text(encoding="utf-8"))
     decisions = parse_decisions(document["decisions"])
-    request, config = mark["request"], _config(mark["config"])
+    request, config = mark["request"], config_of(mark["config"])
     if ranks_per_axis is not None:
         config, decisions = narrow(config, decisions, ranks_per_axis)
     return verify_decisions(
@@ -88,12 +89,6 @@ def verify(folder: Path, *, dp: int | None = None, ranks_per_axis: int | None = 
 def plan_documents(document: Mapping[str, Any]) -> tuple[int, ...]:
     """Lengths of the documents of a typical row of a plan; () where attention is plain."""
     return tuple(document.get("documents", ()))
-
-
-def _config(settings: dict[str, Any]) -> PretrainedConfig:
-    from transformers import AutoConfig
-
-    return AutoConfig.for_model(settings["model_type"], **{k: v for k, v in settings.items() if k != "model_type"})
 
 
 def verify_decisions(
