@@ -209,7 +209,7 @@ def test_the_table_and_the_file(counted, tmp_path, capsys):
     write_counted(tmp_path, **predictions(counted()))
     assert dryrun.run(tmp_path) == 0
     shown = capsys.readouterr().out.splitlines()
-    assert shown[0] == "2 steps on fake tensors, 1 micro-batches each, of ranks 0 to 3 of a scale unit of 4"
+    assert shown[0] == "2 steps on fake tensors, 1 micro-batch each, of ranks 0 to 3 of a scale unit of 4"
     assert shown[1].split() == ["predicted", "rank", "0", "rank", "1", "rank", "2", "rank", "3", "ratio"]
     ratios = {" ".join(line.split()[:3]): line.split()[-1] for line in shown[2:]}
     assert ratios["peak memory KiB"] == ratios["sent by all_gather"] == "1.000"

@@ -65,7 +65,8 @@ def run(folder: Path, rank: int | None = None) -> int:
     chosen = [rank] if rank is not None else list(range(ranks)) if ranks <= ALL_RANKS else [0, ranks - 1]
     results = [dry_run(folder, index) for index in chosen]
     (folder / RESULT).write_text(json.dumps(document(plan, results), indent=1) + "\n", encoding="utf-8")
-    print(f"{STEPS} steps on fake tensors, {plan['grad_accumulation_steps']} micro-batches each, of {_named(chosen, ranks)}")
+    count = plan["grad_accumulation_steps"]
+    print(f"{STEPS} steps on fake tensors, {count} micro-batch{'es' * (count > 1)} each, of {_named(chosen, ranks)}")
     print(table(rows(plan, results), [f"rank {result.rank}" for result in results]))
     problem = verdict(plan, results)
     if problem:
