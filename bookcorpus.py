@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
-from seqloom.data.metadata import DOCUMENTS, Pack
+from seqloom.data.metadata import DOCUMENTS, VALIDATION_FOLDER, Pack, read_metadata
 from seqloom.data.packing import DEFAULT_PACK
 from seqloom.entry import run
 
@@ -39,6 +40,8 @@ class Arguments:
     pack: Pack = DEFAULT_PACK
     """`documents`: rows know the documents in them, which attend only within themselves, and labels never cross from one to the next.
     `stream`: a row is one text, whatever documents it holds."""
+    validation: float = 0.0
+    """Share of the documents that is kept from training and packed into a data set of its own, in the folder `validation` of the other."""
 
 
 def main() -> int:
@@ -56,6 +59,9 @@ def main() -> int:
     if metadata.pack == DOCUMENTS:
         lengths = metadata.typical_row
         print(f"  packed by documents: {len(lengths):,} in a typical row, the longest of {max(lengths):,} tokens")
+    if args.validation:
+        held_out = read_metadata(Path(args.save_path).expanduser() / VALIDATION_FOLDER)
+        print(f"  kept for evaluation: {held_out.documents:,} documents, {held_out.tokens:,} tokens, {held_out.rows:,} rows")
     print(f"  made in {time.perf_counter() - start:.1f} s" if made else "  already there, made with the same settings")
     return 0
 

@@ -98,6 +98,40 @@ def test_the_other_way_of_packing_is_refused_without_overwrite(monkeypatch, text
     assert open_dataset(tmp_path / "set").metadata.pack == "documents"
 
 
+@pytest.mark.parametrize("pack", ["documents", "stream"])
+def test_a_share_of_the_documents_is_kept_for_evaluation(monkeypatch, text, tmp_path, capsys, pack):
+    """Every document lies in one of the two data sets; the same command finds them again, another share is refused."""
+    target = tmp_path / "packed"
+    flags = flags_of(data_path_or_name=text, tokenizer_path_or_name="train:300", save_path=target, sequence_length=32, pack=pack)
+    assert call(monkeypatch, *flags, "--validation", 0.1) == 0
+    assert "  kept for evaluation: 5 documents, " in capsys.readouterr().out
+    found = [documents_of(target), documents_of(target / "validation")]
+    assert [len(part) for part in found] == [45, 5] and len(found[0] | found[1]) == 50
+    assert open_dataset(target).metadata.tokenizer_digest == open_dataset(target / "validation").metadata.tokenizer_digest
+    assert call(monkeypatch, *flags, "--validation", 0.1) == 0
+    assert "already there" in capsys.readouterr().out
+    assert call(monkeypatch, *flags) == 2
+    assert "made with --validation 0.1 there, not 0" in capsys.readouterr().err
+
+
+def documents_of(folder):
+    """The documents of a data set as text."""
+    from transformers import AutoTokenizer
+
+    data = open_dataset(folder)
+    tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_path)
+    stream = data.read(range(data.rows))[0].reshape(-1)[: data.metadata.tokens]
+    return set(tokenizer.decode(stream).split(tokenizer.eos_token)) - {""}
+
+
+def test_a_corpus_of_one_document_cannot_be_split(monkeypatch, tmp_path, capsys):
+    (tmp_path / "one.jsonl").write_text(json.dumps({"text": "a single document " * 20}) + "\n")
+    flags = flags_of(data_path_or_name=tmp_path / "one.jsonl", tokenizer_path_or_name="train:300", save_path=tmp_path / "out")
+    assert call(monkeypatch, *flags, "--sequence_length", 32, "--validation", 0.5) == 2
+    assert "the corpus has a single one" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_unknown_way_of_packing_names_the_known_ones(monkeypatch, text, tmp_path, capsys):
     base = flags_of(data_path_or_name=text, tokenizer_path_or_name="train:300", save_path=tmp_path / "set", sequence_length=16)
     assert call(monkeypatch, *base, "--pack", "sentences") == 2

@@ -12,6 +12,7 @@ from seqloom.errors import UserError
 
 FILE = "seqloom.json"
 TOKENIZER_FOLDER = "tokenizer"
+VALIDATION_FOLDER = "validation"
 FORMAT_VERSION = 1
 STREAM, DOCUMENTS = "stream", "documents"
 Pack = Literal["stream", "documents"]
@@ -23,7 +24,8 @@ class Metadata:
 
     `tokenizer` and `corpus` are what the user named them, the digests (SHA-256) what they held; every id is below `vocab_size`.
     `pack` says whether the rows know their documents; folders written before there was a choice are streams. `typical_row` are the
-    lengths of the documents in a row of median work (the sum of squared lengths); in a stream that is the whole row.
+    lengths of the documents in a row of median work (the sum of squared lengths); in a stream that is the whole row. `validation` is the
+    share of the corpus' documents that lie in a data set of their own in the folder `validation` and not in these rows.
     """
 
     sequence_length: int
@@ -38,6 +40,7 @@ class Metadata:
     version: int = FORMAT_VERSION
     pack: Pack = STREAM
     typical_row: tuple[int, ...] = ()
+    validation: float = 0.0
 
     def __post_init__(self) -> None:
         """One document as long as the row where no lengths are given; what JSON gives as a list becomes a tuple."""
@@ -49,6 +52,8 @@ class Metadata:
             return f"sequence_length is {self.sequence_length} there, not {other.sequence_length}"
         if self.pack != other.pack:
             return f"made with --pack {self.pack} there, not {other.pack}"
+        if self.validation != other.validation:
+            return f"made with --validation {self.validation:g} there, not {other.validation:g}"
         for label in ("corpus", "tokenizer"):
             digest = f"{label}_digest"
             if getattr(self, digest) == getattr(other, digest):

@@ -28,7 +28,8 @@ import numpy as np
 from seqloom.data.corpora import TEXT, corpus_digest
 from seqloom.data.documents import CU_SEQLENS, Borders, find_borders, typical_row
 from seqloom.data.folders import staged_folder
-from seqloom.data.metadata import DOCUMENTS, FILE, TOKENIZER_FOLDER, Metadata, Pack, read_metadata, write_metadata
+from seqloom.data.metadata import DOCUMENTS, FILE, TOKENIZER_FOLDER, VALIDATION_FOLDER, Metadata, Pack, read_metadata, write_metadata
+from seqloom.data.split import check_share, split_documents
 from seqloom.errors import UserError
 
 if TYPE_CHECKING:
@@ -136,26 +137,38 @@ def pack_corpus(
     overwrite: bool = False,
     num_proc: int = 1,
     pack: Pack = DEFAULT_PACK,
+    validation: float = 0.0,
 ) -> tuple[Metadata, bool]:
-    """Tokenize, pack and save a corpus; returns what was made and whether it was made now or already there.
+    """Tokenize, pack and save a corpus; returns what was made and whether it was made now or already there. A share `validation` of the
+    documents is packed into a data set of its own, in the folder `validation`.
 
     A folder made of the same text, tokenizer and length in the same way is left as it is. Raises UserError for a folder made otherwise
     (without `overwrite`), one that cannot be written, a corpus without tokens, or a length that is not positive.
     """
     check_lengths(sequence_length, num_proc)
-    target = Path(save_path)
-    wanted = dataclasses.replace(_wanted(corpus, tokenizer, sequence_length, corpus_name, tokenizer_name), pack=pack)
+    check_share(validation)
+    target, known = Path(save_path), _wanted(corpus, tokenizer, sequence_length, corpus_name, tokenizer_name)
+    wanted = dataclasses.replace(known, pack=pack, validation=validation)
     found = _already_there(target, wanted, overwrite)
     if found is not None:
         return found, False
     with staged_folder(target, FILE, overwrite) as staging:
-        scratch = staging / "scratch"
-        scratch.mkdir()
-        tokenized = tokenize(corpus, tokenizer, scratch / "tokens.arrow", num_proc)
-        metadata = _write_rows(tokenized, staging, wanted, tokenizer.eos_token_id)
-        tokenizer.save_pretrained(staging / TOKENIZER_FOLDER)
-        write_metadata(staging, metadata)
+        training, held_out = split_documents(corpus, validation)
+        metadata = _write_data_set(training, tokenizer, staging, wanted, num_proc)
+        if held_out is not None:
+            _write_data_set(held_out, tokenizer, staging / VALIDATION_FOLDER, dataclasses.replace(wanted, validation=0.0), num_proc)
     return metadata, True
+
+
+def _write_data_set(corpus: Dataset, tokenizer: PreTrainedTokenizerBase, folder: Path, wanted: Metadata, num_proc: int) -> Metadata:
+    """Tokenize and pack documents into a folder with the tokenizer and `seqloom.json` beside them; returns what the latter says."""
+    scratch = folder / "scratch"
+    scratch.mkdir(parents=True)
+    tokenized = tokenize(corpus, tokenizer, scratch / "tokens.arrow", num_proc)
+    metadata = _write_rows(tokenized, folder, wanted, tokenizer.eos_token_id)
+    tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
+    write_metadata(folder, metadata)
+    return metadata
 
 
 def check_lengths(sequence_length: int, num_proc: int) -> None:

@@ -8,6 +8,7 @@ from seqloom.data.corpora import load_corpus
 from seqloom.data.folders import check_target
 from seqloom.data.metadata import FILE, Metadata, Pack
 from seqloom.data.packing import DEFAULT_PACK, check_lengths, pack_corpus
+from seqloom.data.split import check_share
 from seqloom.data.tokenizer import TRAIN, load_tokenizer, training_vocab
 from seqloom.errors import UserError
 
@@ -21,12 +22,14 @@ def prepare(
     num_proc: int = 1,
     max_documents: int | None = None,
     pack: Pack = DEFAULT_PACK,
+    validation: float = 0.0,
 ) -> tuple[Metadata, bool]:
     """Make the data set of `python bookcorpus.py` and return its metadata and whether it was made now or already there.
 
     Raises UserError for every wrong flag, the cheap ones before anything is read.
     """
     check_lengths(sequence_length, num_proc)
+    check_share(validation)
     if max_documents is not None and max_documents < 1:
         raise UserError(f"--max_documents is {max_documents}: give a positive number")
     if tokenizer_path_or_name.startswith(TRAIN):
@@ -45,4 +48,5 @@ def prepare(
         overwrite=overwrite,
         num_proc=num_proc,
         pack=pack,
+        validation=validation,
     )

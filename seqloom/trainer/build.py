@@ -7,7 +7,7 @@ wait; its mistake is everyone's. The model is then filled from weights or a seed
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ from seqloom.runtime.program import Program, load_program
 from seqloom.runtime.step import TrainStep
 from seqloom.trainer.ahead import Ahead
 from seqloom.trainer.config import TrainConfig
+from seqloom.trainer.evaluate import Evaluator, open_evaluation
 from seqloom.trainer.signals import StopSignals
 from seqloom.trainer.start import check_folders, check_world_size, choose_weights
 
@@ -59,6 +60,7 @@ class Run:
     model: nn.Module
     optimizer: AdamW
     train_step: TrainStep
+    evaluator: Evaluator | None
     total_steps: int
 
     @property
@@ -78,7 +80,10 @@ def build(config: TrainConfig, device: torch.device, say: Callable[[str], None],
     hf_config = resolve_config(request.model_id)
     weights = choose_weights(request.model_id, config.init)
     dataset = open_dataset(config.compile.dataset_path)
-    prepared = group.attempt("preparing the run", lambda: _prepare(config, request, dataset, hf_config.vocab_size, say, signals))
+    held_out = open_evaluation(config, dataset)
+    prepared = group.attempt(
+        "preparing the run", lambda: _prepare(config, request, [dataset, held_out], hf_config.vocab_size, say, signals)
+    )
     program_folder = Path(prepared[0])
     program = load_program(program_folder)
     mesh = build_mesh(program.MESH, request.dp, device.type)
@@ -102,6 +107,7 @@ def build(config: TrainConfig, device: torch.device, say: Callable[[str], None],
         model=model,
         optimizer=optimizer,
         train_step=TrainStep(model, program, mesh, optimizer, device, settings.max_grad_norm or None),
+        evaluator=held_out and Evaluator(model, program, mesh, device, held_out, request.micro_batch_size, config.evaluation.eval_rows),
         total_steps=config.total_steps(dataset.rows, loader.batch_size_global),
     )
 
@@ -113,7 +119,12 @@ def _loader(request: CompileRequest, dataset: PackedDataset, seed: int, dp_rank:
 
 
 def _prepare(
-    config: TrainConfig, request: CompileRequest, dataset: PackedDataset, vocab_size: int, say: Callable[[str], None], signals: StopSignals
+    config: TrainConfig,
+    request: CompileRequest,
+    datasets: Sequence[PackedDataset | None],
+    vocab_size: int,
+    say: Callable[[str], None],
+    signals: StopSignals,
 ) -> str | None:
     """What rank 0 does for all: check folders and data, compile where there is no program. Returns the program's folder there."""
     if dist.get_rank() != 0:
@@ -122,7 +133,8 @@ def _prepare(
     from seqloom.report.plan_page import PAGE, write_plan_page
 
     check_folders(config)
-    dataset.check_vocab(vocab_size)
+    for dataset in filter(None, datasets):
+        dataset.check_vocab(vocab_size)
     with signals.interruptible():
         folder = ensure_program(request, say)
         if not (folder / PAGE).is_file():

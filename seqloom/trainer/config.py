@@ -140,6 +140,8 @@ class OutputConfig:
     """Keep only the newest checkpoints, this many; all when not given."""
     keep_every: int | None = None
     """With --keep_last, also keep every checkpoint whose step is a multiple of this."""
+    keep_best: int = 0
+    """With --keep_last, also keep the checkpoints with the least loss in evaluation, this many."""
     verify_checkpoint: bool = True
     """Check the digests of a checkpoint before it is loaded."""
     log_dir: Path = Path("runs")
@@ -151,8 +153,29 @@ class OutputConfig:
         for name in ("keep_last", "keep_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}: it must be at least 1")
-        if self.keep_every is not None and self.keep_last is None:
-            raise UserError("--keep_every says what to keep beside the newest: give --keep_last too, or leave it out to keep all")
+        if self.keep_best < 0:
+            raise UserError(f"--keep_best is {self.keep_best}: it cannot be negative")
+        for name in ("keep_every", "keep_best"):
+            if getattr(self, name) and self.keep_last is None:
+                raise UserError(f"--{name} says what to keep beside the newest: give --keep_last too, or leave it out to keep all")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation while training, on text that the model does not learn from."""
+
+    eval_path: Path | None = None
+    """Data set to evaluate on; the folder `validation` of the training data where there is one (bookcorpus.py --validation)."""
+    eval_every: int | None = None
+    """Steps between evaluations; with every checkpoint when not given. 0 for none."""
+    eval_rows: int | None = None
+    """Evaluate on the first so many rows; all when not given."""
+
+    def __post_init__(self) -> None:
+        if self.eval_every is not None and self.eval_every < 0:
+            raise UserError(f"--eval_every is {self.eval_every}: give the steps between evaluations, or 0 for none")
+        if self.eval_rows is not None and self.eval_rows < 1:
+            raise UserError(f"--eval_rows is {self.eval_rows}: give at least 1")
 
 
 @dataclass(frozen=True)
@@ -192,6 +215,7 @@ class TrainConfig:
     """Use deterministic algorithms only, also where they are slower."""
     optimizer: tyro.conf.OmitArgPrefixes[OptimizerConfig] = field(default_factory=OptimizerConfig)
     output: tyro.conf.OmitArgPrefixes[OutputConfig] = field(default_factory=OutputConfig)
+    evaluation: tyro.conf.OmitArgPrefixes[EvalConfig] = field(default_factory=EvalConfig)
     faults: tyro.conf.OmitArgPrefixes[FaultConfig] = field(default_factory=FaultConfig)
 
     def __post_init__(self) -> None:
@@ -199,6 +223,12 @@ class TrainConfig:
             raise UserError(f"--num_epochs is {self.num_epochs}: it must be at least 1")
         if self.max_train_steps is not None and self.max_train_steps < 1:
             raise UserError(f"--max_train_steps is {self.max_train_steps}: it must be at least 1")
+
+    @property
+    def eval_every(self) -> int:
+        """Steps between evaluations, 0 for none."""
+        asked = self.evaluation.eval_every
+        return self.output.checkpoint_every if asked is None else asked
 
     @property
     def run_folder(self) -> Path:

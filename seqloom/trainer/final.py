@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from seqloom.data.documents import CU_SEQLENS
-from seqloom.runtime.step import IGNORED, MicroBatch, count_tokens, local_inputs, prepare, reduce_loss_and_norm
+from seqloom.runtime.step import IGNORED, MicroBatch
 from seqloom.trainer.build import Run
+from seqloom.trainer.evaluate import loss_of
 
 FINAL_FILE = "final.json"
 NUM_TOKENS = 4
@@ -32,22 +33,16 @@ def write_final(run: Run, step: int) -> dict[str, Any]:
     final = {
         "step": step,
         "rows": rows.tolist(),
-        "loss": evaluate(run, batch),
-        "token_losses": {str(place): evaluate(run, {**batch, "labels": _only(labels, place)}) for place in places},
+        "loss": _loss(run, batch),
+        "token_losses": {str(place): _loss(run, {**batch, "labels": _only(labels, place)}) for place in places},
     }
     if dist.get_rank() == 0:
         (run.config.log_folder / FINAL_FILE).write_text(json.dumps(final, indent=2) + "\n", encoding="utf-8")
     return final
 
 
-@torch.no_grad()
-def evaluate(run: Run, micro_batch: MicroBatch) -> float:
-    """Mean loss per counted token of one micro-batch `[b, l]`, which every scale unit runs. Collective."""
-    (prepared,) = prepare(run.program, run.mesh, [micro_batch])
-    inputs = local_inputs(run.program, run.mesh, prepared.use(), run.device)
-    tokens = count_tokens([micro_batch], run.mesh, run.device).clamp(min=1)  # of all scale units, as the sum of their losses is
-    loss, _ = reduce_loss_and_norm(run.model, run.program, run.mesh, run.model(**inputs) / tokens)
-    return loss.item()
+def _loss(run: Run, micro_batch: MicroBatch) -> float:
+    return loss_of(run.model, run.program, run.mesh, micro_batch, run.device)
 
 
 def _only(labels: Tensor, place: int) -> Tensor:

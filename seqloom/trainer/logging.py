@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
     from tqdm import tqdm
+
+    from seqloom.trainer.evaluate import Evaluation
 
 LOG_FILE = "log.jsonl"
 PLOT_FILE = "loss.png"
@@ -99,6 +102,19 @@ class RunLog:
         else:
             self.say(line)
 
+    def evaluation(self, found: Evaluation) -> None:
+        """Report an evaluation."""
+        figures = {**dataclasses.asdict(found), "perplexity": found.perplexity}
+        known = {name: value if math.isfinite(value) else None for name, value in figures.items()}  # JSON has no infinity
+        record = {"step": found.step, "evaluation": known}
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        self.board.add_scalar("eval_loss", found.loss, found.step)
+        self.say(
+            f"evaluation after step {found.step}: loss {found.loss:.4f}, perplexity {found.perplexity:.4g}, {found.tokens:,} tokens of "
+            f"{found.rows:,} rows in {found.seconds:.1f} s"
+        )
+
     def skip(self, step: int, why: str) -> None:
         """Report a step that changed nothing."""
         self.file.write(json.dumps({"step": step, "skipped": why}) + "\n")
@@ -124,6 +140,9 @@ class NoLog(contextlib.AbstractContextManager):
     def step(self, record: StepRecord) -> None:
         """Nothing."""
 
+    def evaluation(self, found: Evaluation) -> None:
+        """Nothing."""
+
     def skip(self, step: int, why: str) -> None:
         """Nothing."""
 
@@ -132,14 +151,15 @@ class NoLog(contextlib.AbstractContextManager):
 
 
 def read_log(folder: Path) -> list[dict]:
-    """The records of a run by step, each step once; empty lines, one that was cut off, and skipped steps do not count."""
+    """The records of a run by step, each step once; empty lines, one that was cut off, skipped steps and evaluations do not count."""
     records = {}
     for line in (folder / LOG_FILE).read_text(encoding="utf-8").splitlines():
         try:
             record = json.loads(line)
         except ValueError:
             continue
-        records[record["step"]] = record
+        if "evaluation" not in record:
+            records[record["step"]] = record
     return [records[step] for step in sorted(records) if "loss" in records[step]]
 
 

@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from seqloom.runtime.step import StepResult
 from seqloom.trainer.agreement import Word, agree, peak_memory_gib
 from seqloom.trainer.build import Run, build
 from seqloom.trainer.config import LAST, TrainConfig
+from seqloom.trainer.evaluate import Evaluation
 from seqloom.trainer.failure import first_failure_speaks
 from seqloom.trainer.final import write_final
 from seqloom.trainer.finite import Skips, first_suspect
@@ -144,11 +145,12 @@ class _Loop:
         self.parameters = [name for name, _ in run.model.named_parameters()]
         self.log = RunLog(run.config.log_folder, progress.step + 1, run.total_steps) if dist.get_rank() == 0 else NoLog()
         output = run.config.output
-        self.rule, self.judge = KeepRule(output.keep_last, output.keep_every), Judge()
+        self.rule, self.judge = KeepRule(output.keep_last, output.keep_every, output.keep_best), Judge()
         timeout = timedelta(seconds=self.faults.timeout + _LATER)
         self.saver = Saver(run.config.run_folder, background=output.async_checkpoint, timeout=timeout, after=self._tidy)
         self.watch = Watch(self.faults.timeout)
         self.saved = progress.step  # the last step that has a checkpoint
+        self.evaluation: Evaluation | None = None  # the last one
         self.skips = Skips(self.faults.max_skips if self.faults.nonfinite == "skip" else 0)
 
     def step(self, signals: StopSignals) -> None:
@@ -171,11 +173,33 @@ class _Loop:
             self.log.step(self._record(step, loss, grad_norm, rate, tokens, time.perf_counter() - started, word))
         if self.saver.pending and not word.writing:
             self.collect()
-        total = self.run.total_steps
+        total, asked = self.run.total_steps, word.stop_signal
+        if finite and not asked and self._evaluates_after(step):
+            asked = self.evaluate(signals)
         if (finite and step % self.run.config.output.checkpoint_every == 0) or step == total:
             self.save()
-        if word.stop_signal and step < total:
-            self._stop(word.stop_signal)
+        if asked and step < total:
+            self._stop(asked)
+
+    def evaluate(self, signals: StopSignals) -> int:
+        """Evaluate the present state; returns the number of a signal that cut it short, 0 where none did."""
+        step, asked = self.progress.step, 0
+
+        def may_go_on() -> bool:
+            nonlocal asked
+            self.watch.beat(step, "evaluating")
+            asked = agree(Word(0.0, 0.0, signals.asked, 0)).stop_signal
+            return not asked
+
+        found = self.run.evaluator(step, may_go_on)
+        if found is not None:
+            self.evaluation = found
+            self.log.evaluation(found)
+        return asked
+
+    def _evaluates_after(self, step: int) -> bool:
+        every = self.run.config.eval_every
+        return self.run.evaluator is not None and (step % every == 0 or step == self.run.total_steps)
 
     def save(self) -> None:
         """Begin a checkpoint of the present state, when the one before it is written."""
@@ -183,6 +207,8 @@ class _Loop:
         self.collect()
         self.watch.beat(progress.step, "saving")
         state = training_state(run.config, run.program, run.loader, progress.step, progress.tokens_seen, run.device)
+        if self.evaluation is not None and self.evaluation.step == progress.step and math.isfinite(self.evaluation.loss):
+            state["evaluation"] = asdict(self.evaluation)
         config = json.loads(run.hf_config.to_json_string(use_diff=False))
         tensors = model_and_optimizer_tensors(run.model, run.optimizer)
         with self._failing_as_asked():

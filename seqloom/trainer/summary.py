@@ -15,9 +15,14 @@ def summary(run: Run, done: int) -> str:
     origin = f"weights of {run.weights}" if run.weights else f"random weights, seed {run.config.seed}"
     left = run.total_steps - done
     epochs = run.total_steps * run.rows_per_step / run.dataset.rows
+    evaluation = []
+    if run.evaluator is not None:
+        every = plural(run.config.eval_every, "step")
+        evaluation = [("evaluation", f"{run.evaluator.dataset.path}: {run.evaluator.rows:,} rows, every {every} and at the end")]
     rows = [
         ("model", f"{compile_config.model_id}: {parameters:,} parameters, {origin}"),
         ("data", f"{run.dataset.path}: {run.dataset.rows:,} rows of {run.dataset.seq_len:,} tokens"),
+        *evaluation,
         (
             "step",
             f"{plural(loader.dp_size, 'scale unit')} x {plural(loader.accumulation, 'micro-batch', 'micro-batches')} x "
