@@ -14,7 +14,7 @@ from seqloom.data.metadata import Metadata, write_metadata
 from seqloom.emit.request import CompileRequest
 from seqloom.errors import UserError
 from seqloom.trainer import start
-from seqloom.trainer.config import CompileConfig, FaultConfig, OptimizerConfig, OutputConfig, TrainConfig, parse
+from seqloom.trainer.config import CompileConfig, EvalConfig, FaultConfig, OptimizerConfig, OutputConfig, TrainConfig, parse
 from seqloom.trainer.schedule import learning_rate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,9 +105,9 @@ def test_parsing_needs_no_heavy_package():
 
 def test_help_explains_every_flag():
     result = subprocess.run([sys.executable, "train.py", "--help"], capture_output=True, text=True, cwd=ROOT, timeout=60, check=True)
-    for cls in (TrainConfig, CompileConfig, OptimizerConfig, OutputConfig, FaultConfig):
+    for cls in (TrainConfig, CompileConfig, OptimizerConfig, OutputConfig, EvalConfig, FaultConfig):
         for field in dataclasses.fields(cls):
-            if field.name not in ("compile", "optimizer", "output", "faults"):
+            if field.name not in ("compile", "optimizer", "output", "evaluation", "faults"):
                 assert f"--{field.name}" in result.stdout
     assert "Micro-batches of one step" in result.stdout
 
