@@ -16,7 +16,8 @@ from seqloom.emit.layers import block_source, model_source
 from seqloom.emit.segments import IMPORTS
 from seqloom.emit.statements import Functions, Scope, operator_names
 from seqloom.errors import UserError
-from seqloom.plan.context import context_axes
+from seqloom.magi.windows import Windows, distinct
+from seqloom.plan.context import split_axes
 from seqloom.plan.placement import Layout
 from seqloom.plan.plan import Plan, PlannedRegion
 from seqloom.plan.price import DP
@@ -102,7 +103,16 @@ def _tables(plan: Plan, tied: Mapping[str, str]) -> str:
     attention = attention_axes(plan)
     if attention is not None:
         rows.append(f"CONTEXT = {attention!r}  # attention stays inside documents: axes that split its batch, and its sequence")
+        windows = attention_windows(plan)
+        if windows != (None,):
+            rows.append(f"WINDOWS = {windows!r}  # sliding windows of its layers, None for layers without")
     return "\n".join(rows)
+
+
+def attention_windows(plan: Plan) -> Windows:
+    """The sliding windows of attention inside documents, each once, None where a layer has none."""
+    nodes = (part.cluster.nodes[0] for planned in plan.regions.values() for part in planned.clusters)
+    return distinct(dict(node.kwargs).get("window") for node in nodes if node.op == MAGI)
 
 
 def attention_axes(plan: Plan) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
@@ -114,8 +124,7 @@ def attention_axes(plan: Plan) -> tuple[tuple[str, ...], tuple[str, ...]] | None
     for planned in plan.regions.values():
         for part in planned.clusters:
             if part.cluster.nodes[0].op == MAGI:
-                batch = tuple(axis for axis, split in zip(plan.axis_names, part.strategy.splits, strict=True) if split == "b")
-                sequence = tuple(plan.axis_names[axis] for axis in context_axes(part.cluster, part.strategy.splits))
+                batch, sequence = (tuple(plan.axis_names[axis] for axis in axes) for axes in split_axes(part.cluster, part.strategy.splits))
                 found[batch, sequence] = part.cluster.name
     if len(found) > 1:
         ways = " and ".join(f"over {', '.join((*batch, *sequence)) or 'nothing'} ({name})" for (batch, sequence), name in found.items())

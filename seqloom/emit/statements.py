@@ -239,7 +239,7 @@ def _given_its_group(scope: Scope, planned: PlannedCluster, node: Node) -> Node:
     """The node with the group over which its function splits the sequence itself, and without what only the planner reads."""
     if ":" not in node.op or context_of(node.op) is None:
         return node
-    kwargs = [(name, value) for name, value in node.kwargs if name != "documents"]
+    kwargs = [(name, value) for name, value in node.kwargs if name not in ("documents", "windows")]
     axes = tuple(scope.plan.axis_names[axis] for axis in context_axes(planned.cluster, planned.strategy.splits))
     if axes:
         scope.groups[axes] = None

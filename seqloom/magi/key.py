@@ -1,15 +1,16 @@
 """Keys: a mask, how its rows lie on the ranks of a group, and everything that follows from that, planned once and kept.
 
 Role: users make a key per mask (`make_key`) and pass it to `dispatch`, `undispatch`, `roll` and `calc_attn`. A key is frozen, hashable and
-the same on every rank of the group, because planning needs nothing but the mask and the number of ranks. `runtime_of` gives the rank's part
-on a device; the latest `KEPT` of them are remembered.
+the same on every rank of the group, because planning needs nothing but the mask and the number of ranks. A key keeps its exchange plan once
+made, and the keys of layers with a window (`within`). `runtime_of` gives the rank's part on a device; the latest `KEPT` are remembered.
 """
 
 from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -25,6 +26,7 @@ from seqloom.magi.exchange import Exchange, plan_exchange
 from seqloom.magi.groupcast import Hops, NodeGroups, route
 from seqloom.magi.mask import AttnMask
 from seqloom.magi.nodes import node_stages
+from seqloom.magi.windows import cut_to_window
 
 KEPT = 64  # runtimes and plans remembered: a few batches ahead, several masks each
 
@@ -62,6 +64,29 @@ class DistAttnRuntimeKey:
     def local_rows(self) -> int:
         """Rows on this rank, padding included."""
         return len(self.dispatch.position_ids(self.rank))
+
+    @cached_property
+    def exchange(self) -> Exchange:
+        """The exchange plan, this rank's part of it made: numbers on the host. No rank asks another, so a thread may read it ahead."""
+        exchange = plan_exchange(self.mask, self.dispatch, degree=max(self.degree, 1) if self.degree != "auto" else "auto")
+        exchange.ranks[self.rank]
+        return exchange
+
+    def within(self, window: int | None) -> DistAttnRuntimeKey:
+        """The key of layers that see no further than `window` rows, on the same dispatch; None: this key.
+
+        Raises `UserError` for a window below 1, and where nothing of the mask is within it.
+        """
+        if window is None:
+            return self
+        if window not in self._windowed:
+            mask = cut_to_window(self.mask, window)
+            self._windowed[window] = self if mask is self.mask else replace(self, mask=mask)
+        return self._windowed[window]
+
+    @cached_property
+    def _windowed(self) -> dict[int, DistAttnRuntimeKey]:
+        return {}
 
 
 def group_of(cp_group_or_mesh: ProcessGroup | DeviceMesh | None) -> ProcessGroup | None:
@@ -188,9 +213,8 @@ def _dispatch(
 @functools.lru_cache(maxsize=KEPT)
 def runtime_of(key: DistAttnRuntimeKey, device: torch.device, dtype: torch.dtype, head_dim: int, softcap: bool) -> Runtime:
     """This rank's part of a key on a device: index tensors, bands, kernel."""
-    exchange = plan_exchange(key.mask, key.dispatch, degree=max(key.degree, 1) if key.degree != "auto" else "auto")
-    plan = exchange.ranks[key.rank]
-    stages = _stages(key, exchange, device)
+    plan = key.exchange.ranks[key.rank]
+    stages = _stages(key, key.exchange, device)
     bands = [band for bands in (plan.host, *(stage.bands for stage in stages)) for band in bands]
     many = device.type == "cuda" and in_many_pieces(bands)
     kernel = choose_kernel(key.kernel, device, dtype, head_dim, softcap, key.deterministic, many)

@@ -1,7 +1,7 @@
 """What a typical row of documents makes of attention with the sequence split: balance, rows that travel, how much is computed meanwhile.
 
-Role: the planner asks before there is any data or process. In: the lengths of the documents of one row, the number of ranks. Out: a
-`Share`.
+Role: the planner asks before there is any data or process. In: the lengths of the documents of one row, the number of ranks, the sliding
+windows of the model. Out: a `Share`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+from seqloom.magi.bands import Band
 from seqloom.magi.dispatch import CHUNKS_PER_RANK, plan_dispatch
 from seqloom.magi.exchange import plan_exchange
 from seqloom.magi.mask import AttnMask
 from seqloom.magi.masks import infer_attn_mask_from_cu_seqlens
+from seqloom.magi.slices import pieces
+from seqloom.magi.windows import Windows, cut_to_window, widest
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,35 @@ def even_chunk_size(rows: int, ranks: int) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def share(documents: tuple[int, ...], ranks: int) -> Share:
-    """The figures of one row of `documents` over `ranks` ranks."""
+def share(documents: tuple[int, ...], ranks: int, window: int | None = None, windows: Windows = ()) -> Share:
+    """The figures of one row of `documents` over `ranks` ranks for layers with `window`.
+
+    `windows` are those of all layers where they differ: rows are laid out for the widest of them.
+    """
     if ranks == 1:
         return Share(1.0, 0, 1.0)
     mask = documents_mask(list(accumulate(documents, initial=0)))
-    dispatch = plan_dispatch(mask, ranks, even_chunk_size(sum(documents), ranks))
-    exchange = plan_exchange(mask, dispatch)
-    areas = [max(area, 1) for area in dispatch.areas]
-    hosts = [sum(band.area for band in exchange.ranks[rank].host) / areas[rank] for rank in range(ranks)]
-    return Share(max(areas) * ranks / sum(areas), max(exchange.received_rows), min(hosts))
+    laid_out = cut_to_window(mask, widest(windows or (window,)))
+    dispatch = plan_dispatch(laid_out, ranks, even_chunk_size(sum(documents), ranks))
+    exchange = plan_exchange(cut_to_window(mask, window), dispatch)
+    hosts = [_area(plan.host) for plan in exchange.ranks]
+    areas = [max(host + sum(_area(s.bands) for s in plan.stages), 1) for host, plan in zip(hosts, exchange.ranks, strict=True)]
+    balance = max(areas) * ranks / sum(areas)
+    return Share(balance, max(exchange.received_rows), min(host / area for host, area in zip(hosts, areas, strict=True)))
+
+
+def _area(bands: Sequence[Band]) -> int:
+    return sum(band.area for band in bands)
+
+
+@functools.lru_cache(maxsize=1024)
+def visible_pairs(length: int, window: int | None = None) -> int:
+    """Pairs of a query and a key that a causal document counts for; a diagonal at an edge of its mask counts half.
+
+    Under a window these are the rectangles and triangles that fused kernels run, so that counting those gives the same number.
+    """
+    if window is None or window >= length:
+        return length * length // 2
+    forms = pieces(Band(0, length, 0, length, 1 - window, 0))
+    areas = ((piece.q_end - piece.q_start) * (piece.k_end - piece.k_start) // (1 + (piece.form != "full")) for piece in forms)
+    return sum(areas)

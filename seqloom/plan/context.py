@@ -1,7 +1,8 @@
 """What attention costs when the sequence is split inside it: the exchange of keys and values, and what is computed meanwhile.
 
 Role in the pipeline: `price` asks for a cluster whose strategy splits the dimension that its operator splits itself (`DimClass.context`).
-The figures are those of the magi attention planner (`seqloom.magi.share`) for the documents of a typical row.
+The figures are those of the magi attention planner (`seqloom.magi.share`) for the documents of a typical row and the cluster's window, with
+rows laid out as all layers of the model take them.
 
 One stage: keys and values travel while the rank computes with its own, then it computes with those that came; in the backward pass they
 travel again, and at the end their gradients go back, summed in fp32.
@@ -55,11 +56,17 @@ def context_axes(cluster: Cluster, splits: Sequence[str]) -> tuple[int, ...]:
     return tuple(axis for axis, split in enumerate(splits) if split in names)
 
 
+def split_axes(cluster: Cluster, splits: Sequence[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The mesh axes on which a strategy splits the batch, and those on which it splits what the operator itself splits."""
+    return tuple(axis for axis, split in enumerate(splits) if split == "b"), context_axes(cluster, splits)
+
+
 def exchange_of(cluster: Cluster, splits: Sequence[str], ranks: Sequence[int], sizes: dict[str, int], itemsize: int) -> Exchange | None:
     """The exchange of a cluster whose (local) sizes by name are `sizes`; None where it splits nothing itself."""
     axes = context_axes(cluster, splits)
     if not axes:
         return None
-    found = share(tuple(dict(cluster.nodes[0].kwargs)["documents"]), prod(ranks[axis] for axis in axes))
+    asked = dict(cluster.nodes[0].kwargs)
+    found = share(tuple(asked["documents"]), prod(ranks[axis] for axis in axes), asked.get("window"), tuple(asked.get("windows", ())))
     elements = 2 * sizes["b"] * found.received * sizes["k"] * sizes["e"]
     return Exchange(axes, elements * itemsize, elements * FP32, found)

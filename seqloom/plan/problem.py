@@ -29,6 +29,7 @@ from functools import cached_property
 
 from seqloom.cost.communication import collective_seconds
 from seqloom.graph import Value
+from seqloom.plan.alike import split_rows_alike
 from seqloom.plan.linear import LinearProgram, Term
 from seqloom.plan.modes import Mode, kept_matmuls, reached, replays, segment_modes, tile_class
 from seqloom.plan.placement import Layout, Move, Route, cached_moves, cheapest_paths, local_numel, path_dims
@@ -157,6 +158,7 @@ def build_problem(regions: Regions, machine: Machine, request: Request, tables: 
         _mode_variables(problem, region)
         _cluster_variables(problem, region)
     if problem.feasible:
+        split_rows_alike(problem)
         _slot_variables(problem)
         for region in regions.parts.values():
             _parameter_constraints(problem, region)

@@ -1,8 +1,9 @@
 """Rows of documents laid out for attention that splits the sequence: the key of a micro-batch, and its inputs in the key's order.
 
 Role in the pipeline: a program with `CONTEXT` attends by the key made last (`seqloom.magi.operator`). Before each micro-batch `prepare`
-plans that key from the documents' borders and brings ids, labels and positions into its order, on the host, with no process talking to
-another; a step then makes the key the current one and takes its pieces as ever. Nothing but attention depends on the order of tokens.
+plans that key from the documents' borders, with the exchanges of all sliding windows that layers have (`WINDOWS`), and brings ids, labels
+and positions into its order, on the host, with no process talking to another; a step then makes the key the current one and takes its
+pieces as ever. Nothing but attention depends on the order of tokens.
 
 In: micro-batches of one scale unit, `[b, l]`, with `cu_seqlens`. Out: `Prepared` micro-batches.
 """
@@ -10,7 +11,7 @@ In: micro-batches of one scale unit, `[b, l]`, with `cu_seqlens`. Out: `Prepared
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
@@ -23,6 +24,7 @@ from seqloom.data.documents import CU_SEQLENS, restarting_positions
 from seqloom.errors import UserError
 from seqloom.magi.key import DistAttnRuntimeKey, make_key, use_key
 from seqloom.magi.share import documents_mask, even_chunk_size
+from seqloom.magi.windows import Windows, cut_to_window, widest
 from seqloom.runtime.mesh import axis_group, axis_rank
 from seqloom.runtime.program import Program
 
@@ -47,6 +49,7 @@ class Layout:
     def __init__(self, program: Program, mesh: DeviceMesh) -> None:
         self._shape = tuple(program.SHAPES["input_ids"])
         self._context = getattr(program, "CONTEXT", None)
+        self._windows: Windows = getattr(program, "WINDOWS", (None,))
         if self._context is not None:
             batch, sequence = self._context
             self._parts = prod(mesh[axis].size() for axis in batch)
@@ -74,12 +77,17 @@ class Layout:
         inputs.setdefault("position_ids", torch.from_numpy(restarting_positions(borders)).view(rows, length))
         share = rows // self._parts * length
         keys = [self._key(_within(borders, part * share, (part + 1) * share)) for part in range(self._parts)]
+        for window in self._windows:
+            keys[self._part].within(window).exchange  # noqa: B018 - planned here, so that no layer has to
         return Prepared({name: self._ordered(tensor, keys) for name, tensor in inputs.items()}, keys[self._part])
 
     def _key(self, borders: np.ndarray) -> DistAttnRuntimeKey:
+        """The key of documents; their rows lie as the widest of the windows wants them."""
         mask = documents_mask(borders.tolist())
         chunk_size = even_chunk_size(mask.total_seqlen_q, self._ranks)
-        return make_key(mask, None, None, None, self._group, chunk_size=chunk_size, current=False)
+        widest_mask = cut_to_window(mask, widest(self._windows))
+        key = make_key(widest_mask, None, None, None, self._group, chunk_size=chunk_size, current=False)
+        return replace(key, mask=mask)
 
     def _ordered(self, whole: Tensor, keys: list[DistAttnRuntimeKey]) -> Tensor:
         """Tokens so that the piece of each rank of the group, cut from the sequence as ever, holds the rows that its key gives it."""

@@ -89,7 +89,8 @@ def original_gradients(
     """The same of the original Hugging Face model, run whole."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(weights, dtype=dtype, attn_implementation="sdpa").train()
+    attention = "sdpa" if getattr(config, "attn_logit_softcapping", None) is None else "eager"  # PyTorch's own has no soft cap
+    model = AutoModelForCausalLM.from_pretrained(weights, dtype=dtype, attn_implementation=attention).train()
     batches = [batch for unit in units for batch in unit]
     tokens = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
     total = 0.0

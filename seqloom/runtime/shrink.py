@@ -1,7 +1,8 @@
 """A small model of the same structure: the config on which a plan is proved.
 
-Widths, vocabulary and depth shrink; the numbers of heads stay, because plans split them. Sizes are multiples of the ranks, so that
-every split of the plan still divides. A plan of more ranks than a machine can run is proved on a mesh of the same axes with fewer ranks.
+Widths, vocabulary, depth and sliding windows shrink; the numbers of heads stay, because plans split them. Sizes are multiples of the ranks,
+so that every split of the plan still divides. Every kind of layer that the model has is among the few that are left. A plan of more ranks
+than a machine can run is proved on a mesh of the same axes with fewer ranks.
 """
 
 from __future__ import annotations
@@ -19,18 +20,20 @@ if TYPE_CHECKING:
 
 HEAD_DIM = 8
 LAYERS = 4
+WINDOW = 7  # rows: shorter than most documents of the rows that a plan is proved on
 
 
 def shrink(config: PretrainedConfig, ranks: int) -> PretrainedConfig:
     """A copy of `config` with few layers and narrow widths that divide by `ranks`; numbers of heads as they are."""
     small = copy.deepcopy(config)
+    kinds = list(getattr(config, "layer_types", None) or [])
     heads = config.num_attention_heads
     unit = lcm(ranks, heads)
     narrow = {
         "hidden_size": HEAD_DIM * unit if getattr(config, "head_dim", None) is None else 8 * lcm(ranks, 8),
         "intermediate_size": 16 * ranks,
         "n_inner": 16 * ranks,
-        "num_hidden_layers": min(LAYERS, config.num_hidden_layers),
+        "num_hidden_layers": min(max([LAYERS, *(kinds.index(kind) + 1 for kind in kinds)]), config.num_hidden_layers),
         "vocab_size": 32 * ranks + 64,
         "max_position_embeddings": 4096,
     }
@@ -39,8 +42,10 @@ def shrink(config: PretrainedConfig, ranks: int) -> PretrainedConfig:
             setattr(small, name, value)
     if getattr(config, "head_dim", None) is not None:
         small.head_dim = HEAD_DIM
-    if isinstance(getattr(config, "layer_types", None), list):
-        small.layer_types = config.layer_types[: small.num_hidden_layers]
+    if kinds:
+        small.layer_types = kinds[: small.num_hidden_layers]
+    if isinstance(getattr(config, "sliding_window", None), int):
+        small.sliding_window = min(config.sliding_window, WINDOW)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(small, name, None)
     return small
