@@ -6,18 +6,17 @@ Variables (`x`, `slot`, `layers`, `used`, `back` are whole numbers; the others f
   z[c, s, m]       share of the layers in which c runs s while its segment runs m         `_cluster_variables`
   slot[t, L]       the values of border slot t (or a graph input) lie in layout L         `_slot_variables`
   e[v, c, L, M]    consumer c gets value v, made in layout L, in layout M                 `_edge`
-  r[v, g, L, M]    value v is resharded from L to M for the consumers in segment g,       `_edge`
-                   where there are several
+  r[v, g, L, M]    value v is resharded from L to M for several consumers in segment g    `_edge`
   again[v, g, ..]  share of the layers in which it is resharded once more                 `_edge`
   hidden           seconds of ZeRO and host traffic that compute does not hide            `memory.add_storage`, `memory.add_memory`
-  saved, kept, used, back, transient                                                      `memory.add_memory`
+  saved, kept, once, used, back, transient                                                `memory.add_memory`
 
 Objective: seconds of one micro-batch: clusters (forward, backward, forward again where replayed, the price of tiles) times the number of
 calls, reshards, gradient reductions on `split` axes, exposed ZeRO and host traffic, the optimizer's share.
 
 Constraints: one strategy a cluster, one mode a layer (`_cluster_variables`, `_mode_variables`); edges agree with both ends (`_edge`); a
 parameter has one layout (`_parameter_constraints`); nothing is resharded inside tiles, nor a matrix product that `selective` keeps
-(`_edge`); memory (`memory.add_memory`).
+(`_edge`); all attention inside documents splits its rows alike (`alike.split_rows_alike`); memory (`memory.add_memory`).
 """
 
 from __future__ import annotations
