@@ -6,8 +6,8 @@ Import this module, make a key for every batch, dispatch ids, labels and positio
     key = magi_attn_varlen_key(cu_seqlens, cu_seqlens, causal=True, cp_group_or_mesh=group)
     logits = model(dispatch(ids, key)[None], position_ids=dispatch(positions, key)[None]).logits
 
-The key is the one made last, or the `magi_key` that the model is called with. It alone says who attends whom: the model's own mask is not
-built, and a layer that asks for a sliding window is refused, because the key would not know.
+The key is the one made last, or the `magi_key` that the model is called with. It alone says who attends whom, cut to the window of layers
+that have a sliding one; the model's own mask is not built.
 """
 
 from __future__ import annotations
@@ -40,8 +40,7 @@ def magi_attention_forward(
 ) -> tuple[Tensor, None]:
     """What transformers calls: query `[1, heads, rows, dim]`, key and value with fewer heads -> `[1, rows, heads, dim]`.
 
-    `s_aux` are learned sinks, one a head. Raises `UserError` for more than one sequence, dropout, a mask of the model's own and a sliding
-    window.
+    `s_aux` are learned sinks, one a head. Raises `UserError` for more than one sequence, dropout, and a mask of the model's own.
     """
     name = type(module).__name__
     if query.shape[0] != 1:
@@ -50,10 +49,9 @@ def magi_attention_forward(
         raise UserError(f"{name}: magi attention has no dropout, but {dropout} was asked for: set attention_dropout to 0")
     if attention_mask is not None:
         raise UserError(f"{name}: magi attention takes its mask from the key, but the model was given one: leave attention_mask out")
-    if sliding_window is not None:
-        raise UserError(f"{name}: the window of {sliding_window} is not in the key: set sliding_window to None, give keys window_size")
     rows = (x[0].transpose(0, 1) for x in (query, key, value))
-    out, _meta = calc_attn(*rows, magi_key or latest_key(), sink=s_aux, softmax_scale=scaling, softcap=softcap or 0.0)
+    own_key = (magi_key or latest_key()).within(sliding_window)
+    out, _meta = calc_attn(*rows, own_key, sink=s_aux, softmax_scale=scaling, softcap=softcap or 0.0)
     return out.unsqueeze(0), None
 
 
