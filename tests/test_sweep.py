@@ -260,11 +260,21 @@ def test_the_mesh_for_more_ranks_than_heads():
     assert [hybrid_mesh(regions, ranks) for ranks in (1, 2, 3, 4)] == [None] * 4
 
 
+def test_plans_again_deal_rows_out_evenly_where_heads_do_not_suffice():
+    """What a compile would choose (`tests/test_even_rows.py`), a sweep shows."""
+    regions = tiny("llama", 2, 1, 65536)
+    plan = best_plan(regions, CompileRequest("", 65536, 8, 8), H100)
+    by_positions = best_plan(regions, CompileRequest("", 65536, 8, 8, attention="gather"), H100)
+    assert plan["documents"] == [65536] and by_positions["documents"] == []
+    assert plan["step_time_s"] < by_positions["step_time_s"]
+
+
 def test_the_better_of_both_searches_is_taken(monkeypatch):
     """Attention makes the step, so splitting it evenly by heads before positions wins, and two axes alone can not."""
     regions = tiny("llama", 2, 1, 4096)
     slow = dataclasses.replace(H100, peak_flops={name: peak * 1e-4 for name, peak in H100.peak_flops.items()})
     request = CompileRequest("", 4096, 8, 8)
+    monkeypatch.setattr(replan, "even_rows", lambda found, *args: found)
     both = best_plan(regions, request, slow)
     monkeypatch.setattr(replan, "hybrid_mesh", lambda *args: None)
     few = best_plan(regions, request, slow)

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,16 @@ from seqloom.capture.documents import attend_inside_documents
 from seqloom.capture.warm import cached_capture, read_config, registered_operators
 from seqloom.cost.hardware import Hardware, load_hardware
 from seqloom.emit import fingerprint as prints
+from seqloom.emit.choose import find_plan
 from seqloom.emit.program import program_source
 from seqloom.emit.request import CompileRequest
 from seqloom.errors import UserError
 from seqloom.graph import Graph
 from seqloom.plan.document import plan_document
-from seqloom.plan.evaluate import GIB, Evaluation, evaluate
-from seqloom.plan.plan import Plan, realize
-from seqloom.plan.price import Machine
+from seqloom.plan.evaluate import GIB, Evaluation
+from seqloom.plan.plan import Plan
 from seqloom.plan.regions import build_regions
 from seqloom.plan.request import Request
-from seqloom.plan.solver import solve
 
 DEFAULT_CHUNK = 1024  # tokens of a chunk of the loss until the planner chooses
 PROGRAM, PLAN = "program.py", "plan.json"
@@ -68,17 +67,15 @@ def compile_program(request: CompileRequest) -> Compiled:
         loss_chunk=request.loss_chunk or DEFAULT_CHUNK,
     )
     marks.append(time.monotonic())
-    captured = replace(captured, graph=asked_graph(request, captured.graph))
-    regions = build_regions(captured.graph, request.attention)
-    decisions, solver = solve(regions, planner_request(request, hardware))
-    plan = realize(regions, decisions, Machine(hardware, decisions.axes, request.dp))
-    evaluation = evaluate(plan)
+    regions = build_regions(asked_graph(request, captured.graph), request.attention)
+    found = find_plan(regions, request, planner_request(request, hardware))
+    plan, evaluation = found.plan, found.evaluation
     marks.append(time.monotonic())
     source = program_source(plan, captured.model_class, captured.tied, summary(request, captured, plan, evaluation))
     marks.append(time.monotonic())
     timings = dict(zip(("capture", "plan", "emit"), (b - a for a, b in zip(marks, marks[1:], strict=False)), strict=True))
-    document = plan_document(plan, evaluation, solver, timings)
-    mark = prints.fingerprint(request, config, registered_operators(captured.graph))
+    document = plan_document(plan, evaluation, found.solver, timings)
+    mark = prints.fingerprint(request, config, registered_operators(found.regions.graph))
     _write(request.folder, {PROGRAM: source, PLAN: _json(document), prints.FILE: _json(mark)})
     return Compiled(request.folder, document)
 

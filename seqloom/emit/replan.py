@@ -15,18 +15,16 @@ from typing import Any
 from seqloom.capture.cache import Cache
 from seqloom.capture.warm import ModelConfig, cached_capture
 from seqloom.cost.hardware import GIB, Hardware
+from seqloom.emit.choose import even_rows, solved
 from seqloom.emit.pipeline import DEFAULT_CHUNK, DTYPES, asked_graph, planner_request
 from seqloom.emit.request import CompileRequest
 from seqloom.errors import UserError
 from seqloom.plan.document import plan_document
-from seqloom.plan.evaluate import evaluate
 from seqloom.plan.labels import is_attention
-from seqloom.plan.plan import realize
 from seqloom.plan.price import Machine
 from seqloom.plan.problem import build_problem
 from seqloom.plan.regions import Regions, build_regions
 from seqloom.plan.request import Request, candidate_meshes
-from seqloom.plan.solver import solve
 from seqloom.plan.storage import STATE_BYTES
 
 GAP = 2e-3  # share of a step below which two plans count as equal
@@ -53,18 +51,16 @@ def best_plan(regions: Regions, request: CompileRequest, hardware: Hardware) -> 
     if request.runtime_ngpus > hardware.links[-1].ranks_per_group:
         raise UserError(f"{hardware.name} joins at most {hardware.links[-1].ranks_per_group} ranks")
     found, refusals = [], []
-    for asked in _searches(regions, planner_request(request, hardware)):
+    searches = list(_searches(regions, planner_request(request, hardware)))
+    for asked in searches:
         try:
-            decisions, solver = solve(regions, asked, _why_not)
+            found.append(solved(regions, asked, _why_not))
         except UserError as error:
             refusals.append(error)
-            continue
-        plan = realize(regions, decisions, Machine(hardware, decisions.axes, request.dp))
-        found.append((evaluate(plan), plan, solver))
     if not found:
         raise refusals[0]
-    evaluation, plan, solver = min(found, key=lambda one: one[0].step_s)
-    return plan_document(plan, evaluation, solver, {})
+    best = even_rows(min(found, key=lambda one: one.evaluation.step_s), request, searches[0])
+    return plan_document(best.plan, best.evaluation, best.solver, {})
 
 
 def _searches(regions: Regions, request: Request) -> Iterator[Request]:
