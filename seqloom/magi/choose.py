@@ -18,7 +18,8 @@ from seqloom.magi.flash import Flash2, Flash3
 from seqloom.magi.flex import Flex
 from seqloom.magi.kernels import Kernel, determinism, reference
 from seqloom.magi.magi_kernel import Magi
-from seqloom.magi.slices import Slices, pieces
+from seqloom.magi.pieces import pieces
+from seqloom.magi.slices import Slices
 
 KERNELS: Mapping[str, Kernel] = {kernel.name: kernel for kernel in (Magi(), Flash3(), Flash2(), Slices(), Flex(), reference)}  # by speed
 MOST_PIECES = 64  # a launch of a fused kernel, and of those around it, for each piece: FlexAttention's one call is faster than more

@@ -16,7 +16,7 @@ from seqloom.magi.dispatch import CHUNKS_PER_RANK, plan_dispatch
 from seqloom.magi.exchange import plan_exchange
 from seqloom.magi.mask import AttnMask
 from seqloom.magi.masks import infer_attn_mask_from_cu_seqlens
-from seqloom.magi.slices import pieces
+from seqloom.magi.pieces import pieces
 from seqloom.magi.windows import Windows, cut_to_window, widest
 
 
