@@ -14,7 +14,7 @@ from seqloom.data.metadata import Metadata, write_metadata
 from seqloom.emit.request import CompileRequest
 from seqloom.errors import UserError
 from seqloom.trainer import start
-from seqloom.trainer.config import CompileConfig, EvalConfig, FaultConfig, OptimizerConfig, OutputConfig, TrainConfig, parse
+from seqloom.trainer.config import CompileConfig, EvalConfig, FaultConfig, MonitorConfig, OptimizerConfig, OutputConfig, TrainConfig, parse
 from seqloom.trainer.schedule import learning_rate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,7 +47,7 @@ def test_compile_flags_are_the_fields_of_the_request():
 
 def test_defaults_are_those_people_know():
     config = train_config()
-    assert config.optimizer == OptimizerConfig(2e-5, (0.9, 0.95), 0.0, 1.0, "constant", 0)
+    assert config.optimizer == OptimizerConfig("adamw", 2e-5, (0.9, 0.95), 0.95, 0.0, 1.0, "constant", 0)
     assert config.compile.grad_accumulation_steps == 4
     assert config.compile.precision == "bf16"
     assert (config.output.checkpoint_every, config.output.resume_path, config.num_epochs) == (1000, None, 2)
@@ -105,9 +105,9 @@ def test_parsing_needs_no_heavy_package():
 
 def test_help_explains_every_flag():
     result = subprocess.run([sys.executable, "train.py", "--help"], capture_output=True, text=True, cwd=ROOT, timeout=60, check=True)
-    for cls in (TrainConfig, CompileConfig, OptimizerConfig, OutputConfig, EvalConfig, FaultConfig):
+    for cls in (TrainConfig, CompileConfig, OptimizerConfig, OutputConfig, EvalConfig, FaultConfig, MonitorConfig):
         for field in dataclasses.fields(cls):
-            if field.name not in ("compile", "optimizer", "output", "evaluation", "faults"):
+            if field.name not in ("compile", "output", "evaluation", "faults", "monitor"):
                 assert f"--{field.name}" in result.stdout
     assert "Micro-batches of one step" in result.stdout
 
@@ -125,6 +125,15 @@ def test_help_explains_every_flag():
         (("--keep_last", "0"), "--keep_last is 0"),
         (("--keep_every", "5"), "give --keep_last too"),
         (("--max_skips", "-1"), "--max_skips is -1"),
+        (("--momentum", "1"), "--momentum is 1.0"),
+        (("--min_lr_ratio", "1.5"), "--min_lr_ratio is 1.5"),
+        (("--decay_steps", "5"), "belongs to --lr_schedule wsd"),
+        (("--lr_schedule", "wsd", "--decay_steps", "0"), "--decay_steps is 0"),
+        (("--profile", "13:10"), "--profile is 13:10"),
+        (("--profile", "0:3"), "--profile is 0:3"),
+        (("--memory_snapshot", "x"), "--memory_snapshot is x"),
+        (("--trace_strategy", "meta"), "--trace_strategy is a flag of nnScaler"),
+        (("--pipeline-pivots=3",), "--pipeline_pivots is a flag of nnScaler"),
         (("--timeout", "0"), "--timeout is 0"),
         (("--num_epochs", "0"), "--num_epochs is 0"),
         (("--max_train_steps", "0"), "--max_train_steps is 0"),
@@ -221,6 +230,27 @@ def test_rate_half_way_and_behind_the_end(schedule, middle):
 
 
 # --- before a run begins ----------------------------------------------------------------------------------------------
+
+
+def test_stable_and_decay():
+    def rate(step, **more):
+        return learning_rate(step, peak=1.0, schedule="wsd", warmup_steps=10, total_steps=100, **more)
+
+    assert [rate(step) for step in (1, 10, 11, 80, 81)] == [0.1, 1.0, 1.0, 1.0, 1.0]
+    assert [rate(step) for step in (82, 91, 100)] == pytest.approx([0.95, 0.5, 0.05])
+    assert [rate(step, decay_steps=10, min_ratio=0.5) for step in (90, 91, 96, 100)] == pytest.approx([1.0, 1.0, 0.75, 0.55])
+    assert rate(11, decay_steps=1000) == 1.0, "never longer than what the warm-up leaves"
+
+
+@given(st.sampled_from(["linear", "cosine", "wsd"]), st.integers(0, 20), st.integers(1, 60), st.floats(0, 1))
+def test_a_rate_falls_to_no_less_than_its_floor(schedule, warmup, falling, floor):
+    total = warmup + falling
+    settings = {"peak": 3.0, "schedule": schedule, "warmup_steps": warmup, "total_steps": total, "min_ratio": floor}
+    rates = [learning_rate(step, **settings) for step in range(1, total + 1)]
+    after = rates[warmup:]
+    assert all(earlier >= later - 1e-12 for earlier, later in zip(after, after[1:], strict=False))
+    assert min(after) >= 3.0 * floor - 1e-12 and max(rates) <= 3.0 + 1e-12
+    assert learning_rate(total + 1, **settings) == pytest.approx(3.0 * floor)
 
 
 def test_world_size_names_the_command(monkeypatch):

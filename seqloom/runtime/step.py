@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
-from torch.optim import Optimizer
 
 from seqloom.errors import UserError
 from seqloom.runtime.context import Layout, Prepared
 from seqloom.runtime.mesh import DP
+from seqloom.runtime.optimizer import AnyOptimizer, parts_of
 from seqloom.runtime.program import Axes, Program
 
 IGNORED = -100  # the label of a position that does not count
@@ -53,7 +53,13 @@ class TrainStep:
     """
 
     def __init__(
-        self, model: nn.Module, program: Program, mesh: DeviceMesh, optimizer: Optimizer, device: torch.device, max_grad_norm: float | None
+        self,
+        model: nn.Module,
+        program: Program,
+        mesh: DeviceMesh,
+        optimizer: AnyOptimizer,
+        device: torch.device,
+        max_grad_norm: float | None,
     ) -> None:
         self.model, self.program, self.mesh = model, program, mesh
         self.optimizer, self.device, self.max_grad_norm = optimizer, device, max_grad_norm
@@ -61,7 +67,7 @@ class TrainStep:
     def __call__(self, micro_batches: Sequence[MicroBatch | Prepared]) -> StepResult:
         """Accumulate gradients over this scale unit's micro-batches, clip, update the weights, and clear the gradients.
 
-        A step whose loss or gradient norm is not finite leaves weights and optimizer as they were, decided on the device.
+        A step whose loss or gradient norm is not finite leaves weights and optimizer as they were.
         """
         own_loss, tokens = accumulate_gradients(self.model, self.program, self.mesh, micro_batches, self.device)
         counted = counted_gradients(self.model, self.program, self.mesh)
@@ -69,10 +75,22 @@ class TrainStep:
         loss, grad_norm = _sum_over_ranks(self.program, self.mesh, own_loss, own_norms)
         if self.max_grad_norm is not None:
             scale_gradients(self.model, (self.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0))
-        self.optimizer.found_inf = (~(loss.isfinite() & grad_norm.isfinite())).float()  # what a fused optimizer leaves a step out for
-        self.optimizer.step()
+        update(self.optimizer, loss.isfinite() & grad_norm.isfinite())
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(loss, grad_norm, tokens, own_loss, own_norms, tuple(counted))
+
+
+def update(optimizer: AnyOptimizer, finite: Tensor) -> None:
+    """A step of the optimizer where the boolean scalar `finite` holds.
+
+    A fused optimizer reads it on the device, as it would from a gradient scaler; for others the host waits for it.
+    """
+    for part in parts_of(optimizer):
+        if getattr(part, "_step_supports_amp_scaling", False):
+            part.found_inf = (~finite).float()
+            part.step()
+        elif finite:
+            part.step()
 
 
 def accumulate_gradients(

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.optim import AdamW
 
 from seqloom.capture.architecture import resolve_config
 from seqloom.checkpoint import group
@@ -26,7 +25,7 @@ from seqloom.errors import UserError
 from seqloom.runtime.context import Layout
 from seqloom.runtime.materialize import materialize
 from seqloom.runtime.mesh import DP, build_mesh
-from seqloom.runtime.optimizer import build_optimizer
+from seqloom.runtime.optimizer import AnyOptimizer, build_optimizer
 from seqloom.runtime.program import Program, load_program
 from seqloom.runtime.step import TrainStep
 from seqloom.trainer.ahead import Ahead
@@ -58,7 +57,7 @@ class Run:
     loader: Loader
     ahead: Ahead
     model: nn.Module
-    optimizer: AdamW
+    optimizer: AnyOptimizer
     train_step: TrainStep
     evaluator: Evaluator | None
     total_steps: int
@@ -90,7 +89,15 @@ def build(config: TrainConfig, device: torch.device, say: Callable[[str], None],
     compute = DTYPES[request.precision]
     model = materialize(program, mesh, hf_config, weights=weights, seed=config.seed, device=device, compute_dtype=compute)
     settings = config.optimizer
-    optimizer = build_optimizer(model, settings.lr, settings.betas, settings.weight_decay)
+    optimizer = build_optimizer(
+        model,
+        settings.lr,
+        settings.betas,
+        settings.weight_decay,
+        name=settings.optimizer,
+        momentum=settings.momentum,
+        dtype=compute,
+    )
     loader = _loader(request, dataset, config.seed, mesh.get_local_rank(DP))
     return Run(
         config=config,

@@ -7,7 +7,9 @@ the fields are the text of `--help`; `-` and `_` are the same in flags. This mod
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -18,9 +20,11 @@ import tyro
 from seqloom.data.metadata import read_metadata
 from seqloom.emit.request import DEFAULT_LOSS, CompileRequest
 from seqloom.errors import UserError
+from seqloom.trainer import other_names, settings_file
 from seqloom.trainer.schedule import ScheduleName
 
 LAST = "last"
+OptimizerName = Literal["adamw", "adam", "nadam", "radam", "adamax", "rmsprop", "sgd", "muon"]
 T = TypeVar("T")
 
 
@@ -97,29 +101,45 @@ class CompileConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its learning rate."""
+    """The optimizer and its learning rate."""
 
+    optimizer: OptimizerName = "adamw"
+    """Which optimizer of PyTorch; muon: matrices of the blocks are orthogonalized, all else goes to AdamW, with one learning rate."""
     lr: float = 2e-5
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay rates of the two moments."""
+    """Decay rates of the two moments; the first is the momentum of sgd, the second the decay of rmsprop."""
+    momentum: float = 0.95
+    """Momentum of muon."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of matrices; norms and biases do not decay."""
+    """Decay of matrices, decoupled for adamw, nadam, radam and muon; norms and biases do not decay."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0 leaves them as they are."""
     lr_schedule: ScheduleName = "constant"
-    """What follows the warm-up: a constant rate, or a fall to zero at the last step."""
+    """What follows the warm-up: a constant rate, a fall along a line or a cosine, or a stable rate that falls in the end (wsd)."""
     warmup_steps: int = 0
     """Steps in which the rate rises linearly to its peak."""
+    decay_steps: int | None = None
+    """With --lr_schedule wsd: the last steps, in which the rate falls along a line; a fifth of all when not given."""
+    min_lr_ratio: float = 0.0
+    """Where the rate falls to, as a share of its peak."""
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
             raise UserError(f"--lr is {self.lr}: the learning rate must be positive")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"--betas are {self.betas[0]} {self.betas[1]}: both must be at least 0 and below 1")
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"--momentum is {self.momentum}: it must be at least 0 and below 1")
         for name in ("weight_decay", "max_grad_norm", "warmup_steps"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"--{name} is {getattr(self, name)}: it cannot be negative")
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise UserError(f"--min_lr_ratio is {self.min_lr_ratio}: give a share of the peak, from 0 to 1")
+        if self.decay_steps is not None and self.lr_schedule != "wsd":
+            raise UserError(f"--decay_steps belongs to --lr_schedule wsd, not {self.lr_schedule}: leave it out")
+        if self.decay_steps is not None and self.decay_steps < 1:
+            raise UserError(f"--decay_steps is {self.decay_steps}: give at least 1")
 
 
 @dataclass(frozen=True)
@@ -197,10 +217,39 @@ class FaultConfig:
 
 
 @dataclass(frozen=True)
+class MonitorConfig:
+    """What a run shows of itself beside its log, its report and TensorBoard."""
+
+    wandb: str | None = None
+    """Also log to Weights & Biases, in the project of this name."""
+    profile: str | None = None
+    """Steps to trace with PyTorch's profiler, first:last (10:13); the trace goes to the log folder."""
+    memory_snapshot: str | None = None
+    """Steps of which every allocation on the GPU is recorded, first:last; for pytorch.org/memory_viz."""
+
+    def __post_init__(self) -> None:
+        for name in ("profile", "memory_snapshot"):
+            steps_of(name, getattr(self, name))
+
+
+def steps_of(flag: str, text: str | None) -> range:
+    """The steps that `first:last` or a single number names, none for None. Raises `UserError` for anything else."""
+    if text is None:
+        return range(0)
+    first, _, last = text.partition(":")
+    last = last or first
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise UserError(f"--{flag} is {text}: give the first and the last step, such as 10:13")
+    return range(int(first), int(last) + 1)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Compile a model into a program for several ranks, and train it."""
 
     compile: tyro.conf.OmitArgPrefixes[CompileConfig]
+    config: Path | None = None
+    """Settings in a file: YAML, TOML or JSON that maps names of flags to values; flags win over it."""
     run_mode: Literal["compile", "run"] = "run"
     """`compile` writes the program and ends; `run` compiles first when there is no program, then trains."""
     num_epochs: int = 2
@@ -217,6 +266,7 @@ class TrainConfig:
     output: tyro.conf.OmitArgPrefixes[OutputConfig] = field(default_factory=OutputConfig)
     evaluation: tyro.conf.OmitArgPrefixes[EvalConfig] = field(default_factory=EvalConfig)
     faults: tyro.conf.OmitArgPrefixes[FaultConfig] = field(default_factory=FaultConfig)
+    monitor: tyro.conf.OmitArgPrefixes[MonitorConfig] = field(default_factory=MonitorConfig)
 
     def __post_init__(self) -> None:
         if self.num_epochs < 1:
@@ -246,6 +296,32 @@ class TrainConfig:
 
 
 def parse(cls: type[T], prog: str, args: Sequence[str] | None = None) -> T:
-    """Read a config from the command line (or `args`); help and mistakes end the process, told by the first rank of each machine only."""
+    """Read a config from the command line (or `args`); help and mistakes end the process, told by the first rank of each machine only.
+
+    For a `TrainConfig` a file of settings is read first. Raises `UserError` for mistakes in it and for contradictions.
+    """
     spoken = os.environ.get("LOCAL_RANK", "0") == "0"
-    return tyro.cli(cls, prog=prog, args=args, use_underscores=True, console_outputs=spoken)
+    words = list(sys.argv[1:] if args is None else args)
+    from_file = _from_file(cls, prog, words) if cls is TrainConfig else []
+    return tyro.cli(cls, prog=prog, args=[*from_file, *words], use_underscores=True, console_outputs=spoken)
+
+
+def _from_file(cls: type, prog: str, words: Sequence[str]) -> list[str]:
+    """The words that a file of settings stands for."""
+    other_names.refuse(words)
+    path = settings_file.named(words)
+    if path is None:
+        return []
+    settings = settings_file.read_settings(path, cls)
+
+    def parses(given: list[str]) -> bool:
+        needed = [] if given[0] == "--model_id" else ["--model_id", "any"]
+        with contextlib.suppress(UserError):  # a value that is refused by its class is told with the flags
+            try:
+                tyro.cli(cls, prog=prog, args=[*needed, *given], use_underscores=True, console_outputs=False)
+            except SystemExit:
+                return False
+        return True
+
+    settings_file.blame(settings, path, parses)
+    return [word for given in settings.values() for word in given]

@@ -269,7 +269,15 @@ class _Loop:
 
     def _set_rate(self, step: int) -> float:
         settings, total = self.run.config.optimizer, self.run.total_steps
-        rate = learning_rate(step, peak=settings.lr, schedule=settings.lr_schedule, warmup_steps=settings.warmup_steps, total_steps=total)
+        rate = learning_rate(
+            step,
+            peak=settings.lr,
+            schedule=settings.lr_schedule,
+            warmup_steps=settings.warmup_steps,
+            total_steps=total,
+            decay_steps=settings.decay_steps,
+            min_ratio=settings.min_lr_ratio,
+        )
         for group_of_parameters in self.run.optimizer.param_groups:
             group_of_parameters["lr"] = rate
         return rate
