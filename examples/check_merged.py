@@ -1,4 +1,4 @@
-"""Load a merged model in transformers, compare it with what the trainer said at the end, and let it write.
+"""Load a merged model in transformers and compare it with what the trainer said at the end.
 
 python examples/check_merged.py --merged ./merged_hf --dataset_path ./stdlib_1K --final ./runs/demo/final.json
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Arguments:
-    """Check a merged model against the trainer's `final.json`, and print a sample."""
+    """Check a merged model against the trainer's `final.json`."""
 
     merged: Path
     """Hugging Face folder written by ckpt_merger.py."""
@@ -33,23 +33,17 @@ class Arguments:
     """Data set of the training."""
     final: Path
     """`final.json` of the training."""
-    prompt: str = "def read(self, path):\n"
-    """Text that the sample continues."""
-    new_tokens: int = 60
-    """Tokens of the sample; 0 for none."""
     tolerance: float = 1e-3
     """Largest difference of a loss, in nats."""
 
 
 def main() -> None:
-    """Load, compare, generate."""
+    """Load, compare."""
     args = tyro.cli(Arguments, description=Arguments.__doc__, use_underscores=True)
     model = load(args.merged)
     difference = compare(model, args.dataset_path, json.loads(args.final.read_text()))
     if difference > args.tolerance:
         raise UserError(f"{args.merged} gives losses that differ from {args.final} by {difference:.2e}: it is not the trained model")
-    if args.new_tokens:
-        print(sample(model, args.merged, args.prompt, args.new_tokens))
 
 
 def load(folder: Path) -> PreTrainedModel:
@@ -94,18 +88,6 @@ def token_losses(model: PreTrainedModel, dataset_path: Path, rows: list[int]) ->
     counts = labels >= 0
     found = -log_probabilities.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
     return found.masked_fill(~counts, float("nan"))
-
-
-def sample(model: PreTrainedModel, folder: Path, prompt: str, new_tokens: int) -> str:
-    """The prompt and what the model writes after it, the same every time."""
-    import torch
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-    torch.manual_seed(0)
-    output = model.generate(input_ids=inputs["input_ids"], max_new_tokens=new_tokens, do_sample=True, temperature=0.7, top_k=40)
-    return "--- sample ---\n" + tokenizer.decode(output[0]) + "\n--------------"
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ rm -rf "$out"/{programs,checkpoints,runs,merged.ckpt,merged_hf}
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=true
 run() { echo; echo "\$ $*"; "$@"; }
 
-run python bookcorpus.py --data_path_or_name stdlib --tokenizer_path_or_name train:4096 --save_path $out/stdlib_1K --sequence_length 1024 --overwrite
+run python bookcorpus.py --data_path_or_name stdlib --tokenizer_path_or_name train:4096 --save_path $out/stdlib_1K --sequence_length 1024 --validation 0.02 --overwrite
 
 run python create_mini_model.py --model_id llama3_8b --output_id $out/llama3_mini --dataset_path $out/stdlib_1K \
   --hidden_size 256 --intermediate_size 688 --num_attention_heads 8 --num_key_value_heads 4 --overwrite
@@ -20,11 +20,13 @@ flags=(--name demo --model_id $out/llama3_mini --dataset_path $out/stdlib_1K --p
 run python train.py --run_mode compile "${flags[@]}"
 
 run torchrun --nproc_per_node=2 train.py "${flags[@]}" --max_train_steps 400 --lr 1e-3 --warmup_steps 20 --lr_schedule linear \
-  --checkpoint_every 200 --checkpoint_dir $out/checkpoints --log_dir $out/runs
+  --checkpoint_every 200 --eval_every 100 --eval_rows 64 --checkpoint_dir $out/checkpoints --log_dir $out/runs
 
 run python ckpt_merger.py --ckpt_dir $out/checkpoints --output_fname $out/merged.ckpt --hf_output $out/merged_hf --dtype float32
 
 run python examples/check_merged.py --merged $out/merged_hf --dataset_path $out/stdlib_1K --final $out/runs/demo/final.json
 
+run python -m seqloom generate --model $out/merged_hf --prompt "def read(self, path):" --max_new_tokens 80
+
 echo
-echo "the loss over the steps is drawn in $out/runs/demo/loss.png"
+echo "the run's page is $out/runs/demo/report.html, the plan's page $out/programs/demo/plan.html"

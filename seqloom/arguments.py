@@ -131,6 +131,34 @@ class ReportArguments:
     program: tyro.conf.OmitArgPrefixes[ProgramArguments] = field(default_factory=ProgramArguments)
     log_dir: Path | None = None
     """Where training logged; the folder `runs` beside the folder of programs when not given."""
+    run: Path | None = None
+    """Write report.html of this run's log folder (runs/NAME) anew, instead of a plan's page."""
+    compare: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="RUN ...")] = ()
+    """Log folders of two or more runs to lay over each other on one page, instead of a plan's page."""
+    output: Path = Path("compare.html")
+    """File of the page that compares runs."""
+
+
+@dataclass(frozen=True)
+class GenerateArguments:
+    """Let a merged model continue a prompt: a look at what was learned."""
+
+    model: Path
+    """Hugging Face folder, such as `ckpt_merger.py --hf_output` writes."""
+    prompt: str
+    """Text to continue."""
+    max_new_tokens: int = 100
+    """Tokens to write."""
+    temperature: float = 0.8
+    """How freely tokens are drawn; 0 takes the likeliest each time."""
+    top_k: int = 50
+    """Draw among this many likeliest tokens; 0 for all."""
+    top_p: float = 1.0
+    """Draw among the likeliest tokens that make up this probability."""
+    seed: int = 0
+    """Seed of the draws."""
+    chat: bool = False
+    """The prompt is a message: put it into the tokenizer's chat template."""
 
 
 @dataclass(frozen=True)

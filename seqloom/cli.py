@@ -1,4 +1,4 @@
-"""The commands beside training: `python -m seqloom {compile, explain, sweep, dryrun, rehearse, verify, check-op, report, ...}`.
+"""The commands beside training: `python -m seqloom {compile, explain, sweep, dryrun, rehearse, verify, check-op, report, generate, ...}`.
 
 Every command parses its flags, imports the room that does the work, calls it and prints. Nothing heavy is imported before.
 """
@@ -19,6 +19,7 @@ from seqloom.arguments import (
     DryRunArguments,
     ExplainArguments,
     FolderArguments,
+    GenerateArguments,
     MagiArguments,
     ProfileArguments,
     RehearseArguments,
@@ -113,12 +114,33 @@ def rehearse_command(args: Sequence[str], prog: str) -> int:
 
 
 def report_command(args: Sequence[str], prog: str) -> None:
-    """Write a program's page, plan.html, with what was measured since it was compiled."""
+    """Write the page of a plan, of a run (--run), or of several runs laid over each other (--compare)."""
     config = parse(ReportArguments, prog, args)
+    if config.run is not None and config.compare:
+        raise UserError("--run writes one run's page and --compare one of several runs: leave one of them out")
+    if config.compare:
+        from seqloom.report.compare_page import write_compare_page
+
+        print(f"wrote {write_compare_page(config.compare, config.output)}")
+        return
+    if config.run is not None:
+        from seqloom.report.run_page import write_run_page
+
+        print(f"wrote {write_run_page(config.run)}")
+        return
     folder = config.program.folder
     from seqloom.report.plan_page import write_plan_page
 
     print(f"wrote {write_plan_page(folder, config.log_dir and config.log_dir / config.program.name)}")
+
+
+def generate_command(args: Sequence[str], prog: str) -> None:
+    """Let a merged model continue a prompt."""
+    config = parse(GenerateArguments, prog, args)
+    from seqloom.generate import Sampling, run
+
+    sampling = Sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p, config.seed)
+    run(config.model, config.prompt, sampling, config.chat)
 
 
 def verify_command(args: Sequence[str], prog: str) -> int:
@@ -211,6 +233,7 @@ COMMANDS: Mapping[str, Command] = {
     "dryrun": dryrun_command,
     "rehearse": rehearse_command,
     "report": report_command,
+    "generate": generate_command,
     "verify": verify_command,
     "check-op": check_op_command,
     "magi": magi_command,

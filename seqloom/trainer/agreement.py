@@ -1,7 +1,8 @@
 """What ranks tell each other after every step, in one small message between their CPUs.
 
-Each rank says how long it waited for data, how much memory it has held, whether it was asked to stop, and whether it still writes a
-checkpoint; all learn the worst. So they stop after the same step, and meet the end of a background save at the same step.
+Each rank says how long it waited for data, how much memory it has held, whether it was asked to stop, whether it still writes a checkpoint,
+and how long the step took it; all learn the worst. So they stop after the same step, meet the end of a background save at the same step,
+and agree on whether a step was slow.
 """
 
 from __future__ import annotations
@@ -18,20 +19,23 @@ _MAXRSS_BYTES = 1024
 
 @dataclass(frozen=True)
 class Word:
-    """What one rank says, or the largest of what all say: seconds, GiB, the number of a signal (0 for none), 1 while writing."""
+    """What one rank says, or the largest of what all say: seconds, GiB, the number of a signal (0 for none), 1 while writing,
+    seconds of the step.
+    """
 
     data_wait_s: float
     memory_gib: float
     stop_signal: int
     writing: int
+    step_s: float = 0.0
 
 
 def agree(word: Word) -> Word:
     """The largest of each that the ranks say. Collective; it travels between CPUs and stops no GPU."""
     values = torch.tensor(astuple(word), dtype=torch.float64)
     dist.all_reduce(values, dist.ReduceOp.MAX)
-    wait, memory, stop, writing = values.tolist()
-    return Word(wait, memory, int(stop), int(writing))
+    wait, memory, stop, writing, step = values.tolist()
+    return Word(wait, memory, int(stop), int(writing), step)
 
 
 def peak_memory_gib(device: torch.device) -> float:

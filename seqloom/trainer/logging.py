@@ -1,20 +1,21 @@
-"""What a run says of each step: one line, one JSON record, TensorBoard scalars, and a plot of the loss in the end.
+"""What a run says of each step and of what happens between them: one line, one JSON record, TensorBoard scalars, W&B if asked.
 
-In: a `StepRecord` per step, on rank 0. Out: on the terminal a progress bar, elsewhere plain lines; under `<log_dir>/<name>/` the files
-`log.jsonl`, TensorBoard events and `loss.png`. A resumed run continues the files; where a step was run twice the later record counts.
+In: a `StepRecord` per step, on rank 0, and events. Out: on the terminal a progress bar, elsewhere plain lines; under `<log_dir>/<name>/`
+the file `log.jsonl` and TensorBoard events. A resumed run continues them; where a step was run twice the later one counts.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import math
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from seqloom.trainer.evaluate import Evaluation
 
 LOG_FILE = "log.jsonl"
-PLOT_FILE = "loss.png"
+EventName = Literal["start", "checkpoint", "stop", "finish", "profile", "memory"]
 SCALARS = ("loss", "grad_norm", "lr", "tokens_per_s", "tokens_per_s_per_gpu", "mfu_causal", "memory_gib", "data_wait_s", "step_time_s")
 
 
@@ -31,8 +32,9 @@ SCALARS = ("loss", "grad_norm", "lr", "tokens_per_s", "tokens_per_s_per_gpu", "m
 class StepRecord:
     """One step. Rates count every position of the rows, `tokens` only those whose label counts.
 
-    `memory_gib` is the peak of the rank that needed most, `data_wait_s` the wait of the rank that waited longest; `mfu_causal` is
-    relative to the hardware planned for.
+    `memory_gib` is the peak of the rank that needed most, `memory_share` its share of the device, `data_wait_s` the wait of the rank that
+    waited longest; `mfu_causal` is relative to the hardware planned for. `time` is when the step ended, in seconds since 1970; `notes` say
+    what stood out.
     """
 
     step: int
@@ -49,16 +51,24 @@ class StepRecord:
     memory_gib: float
     data_wait_s: float
     eta_s: float
+    memory_share: float = 0.0
+    time: float = 0.0
+    notes: tuple[str, ...] = ()
 
 
-def step_line(record: StepRecord, total_steps: int) -> str:
-    """The line of a step, in columns that stay in place from line to line."""
+def step_line(record: StepRecord, total_steps: int, peak_flops: float) -> str:
+    """The line of a step, in columns that stay in place from line to line; `peak_flops` of a device is what the MFU is a share of."""
     step = f"step {record.step:>{len(str(total_steps))}}/{total_steps}"
     return (
-        f"{step}  loss {record.loss:.4f}  grad {record.grad_norm:.3f}  lr {record.lr:.2e}  {record.tokens_per_s:,.0f} tok/s "
-        f"({record.tokens_per_s_per_gpu:,.0f}/gpu)  mfu {100 * record.mfu_causal:.1f}%  mem {record.memory_gib:.2f} GiB  "
+        f"{step}  loss {record.loss:.4f}  grad {record.grad_norm:.3f}  lr {record.lr:.2e}  {record.tokens_per_s_per_gpu:,.0f} tok/s/gpu  "
+        f"mfu {record.mfu_causal:.1%} of {teraflops(peak_flops)}  mem {record.memory_gib:.2f} GiB {record.memory_share:.0%}  "
         f"data {1000 * record.data_wait_s:.0f} ms  eta {clock(record.eta_s)}"
     )
+
+
+def teraflops(flops: float) -> str:
+    """FLOPs in a second as `989 TFLOP/s`."""
+    return f"{flops / 1e12:.3g} TFLOP/s"
 
 
 def clock(seconds: float) -> str:
@@ -69,11 +79,22 @@ def clock(seconds: float) -> str:
 
 
 class RunLog:
-    """The sinks of one run: console, `log.jsonl`, TensorBoard. Use it as a context manager; only rank 0 has one."""
+    """The sinks of one run: console, `log.jsonl`, TensorBoard, and `more`, called with the scalars of a step and its number.
 
-    def __init__(self, folder: Path, first_step: int, total_steps: int, console: TextIO = sys.stdout) -> None:
+    Use it as a context manager; only rank 0 has one.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        first_step: int,
+        total_steps: int,
+        peak_flops: float,
+        console: TextIO = sys.stdout,
+        more: Callable[[dict[str, float], int], None] | None = None,
+    ) -> None:
         """`first_step` is the number of the next step: 1 starts the files anew, a later one continues them."""
-        self.folder, self.total_steps, self.console = folder, total_steps, console
+        self.folder, self.total_steps, self.peak_flops, self.console, self._more = folder, total_steps, peak_flops, console, more
         self.file = (folder / LOG_FILE).open("w" if first_step == 1 else "a", encoding="utf-8")
         if first_step > 1:
             self.file.write("\n")  # a killed run may have left half a line
@@ -91,25 +112,23 @@ class RunLog:
 
     def step(self, record: StepRecord) -> None:
         """Report one step everywhere."""
-        self.file.write(json.dumps(dataclasses.asdict(record)) + "\n")
-        self.file.flush()
-        for name in SCALARS:
-            self.board.add_scalar(name, getattr(record, name), record.step)
-        line = step_line(record, self.total_steps)
+        self._write({name: value for name, value in dataclasses.asdict(record).items() if name != "notes" or value})
+        self._scalars({name: getattr(record, name) for name in SCALARS}, record.step)
+        line = step_line(record, self.total_steps, self.peak_flops)
         if self.bar is not None:
             self.bar.set_postfix_str(line.split("  ", 1)[1], refresh=False)
             self.bar.update(1)
         else:
             self.say(line)
+        for note in record.notes:
+            self.say(f"note: step {record.step}: {note}")
 
     def evaluation(self, found: Evaluation) -> None:
         """Report an evaluation."""
         figures = {**dataclasses.asdict(found), "perplexity": found.perplexity}
         known = {name: value if math.isfinite(value) else None for name, value in figures.items()}  # JSON has no infinity
-        record = {"step": found.step, "evaluation": known}
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
-        self.board.add_scalar("eval_loss", found.loss, found.step)
+        self._write({"step": found.step, "evaluation": known})
+        self._scalars({"eval_loss": found.loss}, found.step)
         self.say(
             f"evaluation after step {found.step}: loss {found.loss:.4f}, perplexity {found.perplexity:.4g}, {found.tokens:,} tokens of "
             f"{found.rows:,} rows in {found.seconds:.1f} s"
@@ -117,11 +136,16 @@ class RunLog:
 
     def skip(self, step: int, why: str) -> None:
         """Report a step that changed nothing."""
-        self.file.write(json.dumps({"step": step, "skipped": why}) + "\n")
-        self.file.flush()
+        self._write({"step": step, "skipped": why})
         if self.bar is not None:
             self.bar.update(1)
         self.say(f"warning: {why}")
+
+    def event(self, step: int, name: EventName, text: str, *, aloud: bool = True) -> None:
+        """Report what happened after a step; on the console too if `aloud`."""
+        self._write({"step": step, "event": name, "text": text, "time": time.time()})
+        if aloud:
+            self.say(text)
 
     def say(self, text: str) -> None:
         """Print a line, above the bar where there is one."""
@@ -129,6 +153,16 @@ class RunLog:
             self.bar.write(text, file=self.console)
         else:
             print(text, file=self.console, flush=True)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+
+    def _scalars(self, scalars: dict[str, float], step: int) -> None:
+        for name, value in scalars.items():
+            self.board.add_scalar(name, value, step)
+        if self._more is not None:
+            self._more(scalars, step)
 
 
 class NoLog(contextlib.AbstractContextManager):
@@ -146,51 +180,24 @@ class NoLog(contextlib.AbstractContextManager):
     def skip(self, step: int, why: str) -> None:
         """Nothing."""
 
+    def event(self, step: int, name: EventName, text: str, *, aloud: bool = True) -> None:
+        """Nothing."""
+
     def say(self, text: str) -> None:
         """Nothing."""
 
 
 def read_log(folder: Path) -> list[dict]:
-    """The records of a run by step, each step once; empty lines, one that was cut off, skipped steps and evaluations do not count."""
+    """The records of a run by step, each step once; damaged lines, skipped steps, evaluations and events do not count."""
     records = {}
     for line in (folder / LOG_FILE).read_text(encoding="utf-8").splitlines():
         try:
             record = json.loads(line)
         except ValueError:
             continue
-        if "evaluation" not in record:
+        if "loss" in record or "skipped" in record:
             records[record["step"]] = record
     return [records[step] for step in sorted(records) if "loss" in records[step]]
-
-
-def plot_loss(folder: Path, title: str) -> Path:
-    """Draw `loss.png` from `log.jsonl`: the loss of each step, its running mean, and the learning rate. Returns the file."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    records = read_log(folder)
-    steps = [record["step"] for record in records]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    loss = figure.add_subplot()
-    values = [record["loss"] for record in records]
-    loss.plot(steps, values, color="tab:blue", linewidth=0.8, alpha=0.35)
-    loss.plot(steps, running_mean(values, 1 + len(values) // 20), color="tab:blue", linewidth=1.6)
-    loss.set(title=title, xlabel="step", ylabel="loss (nats per token)")
-    loss.grid(alpha=0.3)
-    rate = loss.twinx()
-    rate.plot(steps, [record["lr"] for record in records], color="tab:orange", linewidth=0.8, linestyle="--")
-    rate.set_ylabel("learning rate", color="tab:orange")
-    rate.set_ylim(bottom=0)
-    path = folder / PLOT_FILE
-    figure.savefig(path, dpi=120)
-    return path
-
-
-def running_mean(values: list[float], width: int) -> list[float]:
-    """Mean of each value and of those before it, `width` at most."""
-    sums = [0.0, *itertools.accumulate(values)]
-    return [(sums[i] - sums[max(0, i - width)]) / min(i, width) for i in range(1, len(sums))]
 
 
 def _tensorboard(folder: Path, first_step: int) -> SummaryWriter:

@@ -1,7 +1,7 @@
 """The training run: build, resume, step after step, save, and leave a model behind.
 
-In: a `TrainConfig`, on every rank of the job. Out: checkpoints under `<checkpoint_dir>/<name>`, logs and `final.json` under
-`<log_dir>/<name>`. Rank 0 speaks. A run that was stopped and resumed makes the same steps as one that was not.
+In: a `TrainConfig`, on every rank of the job. Out: checkpoints under `<checkpoint_dir>/<name>`, logs, report and `final.json`
+under `<log_dir>/<name>`. Rank 0 speaks. A run that was stopped and resumed makes the same steps as one that was not.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from seqloom.checkpoint.read import load_newest
 from seqloom.checkpoint.write import SLACK_BYTES, Beside
 from seqloom.errors import Stopped, UserError
 from seqloom.report.plan_page import write_plan_page
+from seqloom.report.run_page import PAGE as RUN_PAGE
 from seqloom.runtime.mesh import init_distributed
 from seqloom.runtime.optimizer import model_and_optimizer_tensors
 from seqloom.runtime.step import StepResult
@@ -34,10 +35,13 @@ from seqloom.trainer.agreement import Word, agree, peak_memory_gib
 from seqloom.trainer.build import Run, build
 from seqloom.trainer.config import LAST, TrainConfig
 from seqloom.trainer.evaluate import Evaluation
+from seqloom.trainer.facts import Facts, facts
 from seqloom.trainer.failure import first_failure_speaks
 from seqloom.trainer.final import write_final
 from seqloom.trainer.finite import Skips, first_suspect
-from seqloom.trainer.logging import NoLog, RunLog, StepRecord, plot_loss
+from seqloom.trainer.logging import StepRecord
+from seqloom.trainer.monitor import Monitor
+from seqloom.trainer.plot import plot_loss
 from seqloom.trainer.schedule import learning_rate
 from seqloom.trainer.signals import StopSignals, name
 from seqloom.trainer.start import check_later_checkpoints, check_space, choose_device_type, prepare_process, resume_source
@@ -72,11 +76,12 @@ def train_on(config: TrainConfig, device: torch.device, signals: StopSignals | N
     run = build(config, device, _say, signals)
     progress = _start(run)
     group.attempt("starting", lambda: _stop_if(signals))
-    _say(summary(run, progress.step))
+    known = facts(run)
+    _say(summary(run, known, progress.step))
     if progress.step >= run.total_steps:
         _say(f"step {progress.step} of {run.total_steps} is done already: nothing is left to do")
     else:
-        _train(run, progress, signals)
+        _train(run, known, progress, signals)
 
 
 def _start(run: Run) -> Progress:
@@ -114,36 +119,39 @@ def _stop_if(signals: StopSignals) -> None:
         raise signals.stopped()
 
 
-def _train(run: Run, progress: Progress, signals: StopSignals) -> None:
+def _train(run: Run, known: Facts, progress: Progress, signals: StopSignals) -> None:
     """All steps that are left, a checkpoint every so often and at the end, then what a finished run leaves."""
-    loop = _Loop(run, progress)
-    with contextlib.closing(run.ahead), contextlib.closing(loop.saver), loop.log, loop.watch:
+    monitor = group.attempt("opening the log", lambda: Monitor(run, known, progress.step))
+    loop = _Loop(run, progress, monitor)
+    with monitor, contextlib.closing(run.ahead), contextlib.closing(loop.saver), loop.watch:
         while loop.progress.step < run.total_steps:
             loop.step(signals)
         loop.collect()
-    _leave(run, loop.progress)
+        _leave(run, loop.progress, monitor)
 
 
-def _leave(run: Run, progress: Progress) -> None:
+def _leave(run: Run, progress: Progress, monitor: Monitor) -> None:
     """What a finished run leaves beside checkpoints."""
     final = write_final(run, progress.step)
+    monitor.event("finish", f"finished step {progress.step}: loss {final['loss']:.4f} on the first rows of the data")
     if dist.get_rank() == 0:
         name, folder = run.config.compile.name, run.config.log_folder
         plot_loss(folder, f"{name}: {run.config.compile.model_id}")
         page = write_plan_page(run.program_folder, folder)
-        _say(f"finished step {progress.step}: loss {final['loss']:.4f} on the first rows of the data")
-        _say(f"checkpoints in {run.config.run_folder}; log.jsonl, loss.png, final.json and TensorBoard events in {folder}")
-        _say(f"predicted beside measured in {page}")
+        monitor.say(
+            f"checkpoints in {run.config.run_folder}; log.jsonl, config.yaml, loss.png, final.json and TensorBoard events in {folder}"
+        )
+        monitor.say(f"report     {folder / RUN_PAGE}")
+        monitor.say(f"plan       {page}, with what was measured")
 
 
 class _Loop:
     """The steps of a run, and what lives as long as they do: the log, the saver, the watch."""
 
-    def __init__(self, run: Run, progress: Progress) -> None:
-        self.run, self.progress = run, progress
+    def __init__(self, run: Run, progress: Progress, monitor: Monitor) -> None:
+        self.run, self.progress, self.monitor = run, progress, monitor
         self.faults = run.config.faults
         self.parameters = [name for name, _ in run.model.named_parameters()]
-        self.log = RunLog(run.config.log_folder, progress.step + 1, run.total_steps) if dist.get_rank() == 0 else NoLog()
         output = run.config.output
         self.rule, self.judge = KeepRule(output.keep_last, output.keep_every, output.keep_best), Judge()
         timeout = timedelta(seconds=self.faults.timeout + _LATER)
@@ -161,16 +169,18 @@ class _Loop:
         micro_batches = self.run.ahead.next_step()
         waited = time.perf_counter() - started
         self.watch.beat(step, "computing")
-        result = self.run.train_step(micro_batches)
-        loss, grad_norm, tokens = result.loss.item(), result.grad_norm.item(), int(result.tokens)
+        with self.monitor.computing(step):
+            result = self.run.train_step(micro_batches)
+            loss, grad_norm, tokens = result.loss.item(), result.grad_norm.item(), int(result.tokens)
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         may_go_on = self.skips.step(finite)
         if not finite:
             self._not_finite(step, result, may_go_on)
-        word = agree(Word(waited, peak_memory_gib(self.run.device), signals.asked, self.saver.writing))
+        seconds = time.perf_counter() - started
+        word = agree(Word(waited, peak_memory_gib(self.run.device), signals.asked, self.saver.writing, seconds))
         self.progress = Progress(step, self.progress.tokens_seen + tokens * finite)
         if finite:
-            self.log.step(self._record(step, loss, grad_norm, rate, tokens, time.perf_counter() - started, word))
+            self.monitor.step(self._record(step, loss, grad_norm, rate, tokens, word), waited, word)
         if self.saver.pending and not word.writing:
             self.collect()
         total, asked = self.run.total_steps, word.stop_signal
@@ -194,7 +204,7 @@ class _Loop:
         found = self.run.evaluator(step, may_go_on)
         if found is not None:
             self.evaluation = found
-            self.log.evaluation(found)
+            self.monitor.evaluation(found)
         return asked
 
     def _evaluates_after(self, step: int) -> bool:
@@ -222,7 +232,7 @@ class _Loop:
             folder = self.saver.collect()
             if folder is not None:
                 self.saved = folders.step_of(folder)
-                self.log.say(f"saved {folder}")
+                self.monitor.event("checkpoint", f"saved {folder}", step=self.saved)
 
     def _tidy(self, committed: Path) -> None:
         """Remove the checkpoints that are not to be kept, now that there is a new one. In the thread that saves, on every rank."""
@@ -240,7 +250,7 @@ class _Loop:
         except UserError as error:
             if self.run.config.output.on_save_error == "stop":
                 raise
-            self.log.say(f"warning: {error}; the run goes on without this checkpoint")
+            self.monitor.say(f"warning: {error}; the run goes on without this checkpoint")
 
     def _stop(self, signal: int) -> None:
         """Save what there is and leave."""
@@ -257,7 +267,9 @@ class _Loop:
         began = f", first in {suspect}" if suspect else ", as a sum of finite parts"
         what = f"step {step} has loss {result.loss.item()} and gradient norm {result.grad_norm.item()}{began}"
         if may_go_on:
-            self.log.skip(step, f"{what}: skipped, the weights are as before ({self.skips.in_a_row} of at most {self.skips.most} in a row)")
+            self.monitor.skip(
+                step, f"{what}: skipped, the weights are as before ({self.skips.in_a_row} of at most {self.skips.most} in a row)"
+            )
             return
         self.collect()
         saved = folders.steps(self.run.config.run_folder)
@@ -282,8 +294,8 @@ class _Loop:
             group_of_parameters["lr"] = rate
         return rate
 
-    def _record(self, step: int, loss: float, grad_norm: float, rate: float, tokens: int, seconds: float, word: Word) -> StepRecord:
-        run = self.run
+    def _record(self, step: int, loss: float, grad_norm: float, rate: float, tokens: int, word: Word) -> StepRecord:
+        run, seconds = self.run, word.step_s
         positions_per_s = run.rows_per_step * run.dataset.seq_len / seconds
         return StepRecord(
             step=step,

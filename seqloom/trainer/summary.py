@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from seqloom.trainer.config import LAST
+from seqloom.trainer.logging import teraflops
+from seqloom.trainer.settings_file import RESOLVED_FILE, changed
+
 if TYPE_CHECKING:
     from seqloom.trainer.build import Run
+    from seqloom.trainer.facts import Facts
+
+_SAID = ("model_id", "dataset_path", "name", "plan_ngpus", "runtime_ngpus", "output_folder", "checkpoint_dir", "log_dir", "resume_path")
+"""Settings that other lines of the table tell of."""
 
 
-def summary(run: Run, done: int) -> str:
+def summary(run: Run, known: Facts, done: int) -> str:
     """A short table; `done` steps were made before."""
     compile_config, loader = run.config.compile, run.loader
-    parameters = sum(param.numel() for param in run.model.parameters())
     origin = f"weights of {run.weights}" if run.weights else f"random weights, seed {run.config.seed}"
     left = run.total_steps - done
     epochs = run.total_steps * run.rows_per_step / run.dataset.rows
@@ -20,19 +27,23 @@ def summary(run: Run, done: int) -> str:
         every = plural(run.config.eval_every, "step")
         evaluation = [("evaluation", f"{run.evaluator.dataset.path}: {run.evaluator.rows:,} rows, every {every} and at the end")]
     rows = [
-        ("model", f"{compile_config.model_id}: {parameters:,} parameters, {origin}"),
+        ("model", f"{compile_config.model_id}: {known.parameters:,} parameters, {origin}"),
         ("data", f"{run.dataset.path}: {run.dataset.rows:,} rows of {run.dataset.seq_len:,} tokens"),
         *evaluation,
         (
             "step",
             f"{plural(loader.dp_size, 'scale unit')} x {plural(loader.accumulation, 'micro-batch', 'micro-batches')} x "
-            f"{plural(loader.micro_batch_size, 'row')} = {run.rows_per_step * run.dataset.seq_len:,} tokens",
+            f"{plural(loader.micro_batch_size, 'row')} = {known.tokens_per_step:,} tokens of {flops(known.flops_per_token)}",
         ),
         ("run", f"{plural(left, 'step')}{f' after {done}' if done else ''}, {epochs:.2f} epochs in all; {compile_config.precision}"),
         ("ranks", f"{run.mesh.size()} on {run.device.type}"),
         ("plan", plan_line(run)),
-        ("predicted", prediction_line(run.plan)),
-        ("files", f"{run.program_folder}, {run.config.run_folder}, {run.config.log_folder}"),
+        ("predicted", prediction_line(run.plan, known)),
+        ("settings", f"{_settings(run)} (all: {run.config.log_folder / RESOLVED_FILE})"),
+        ("program", str(run.program_folder)),
+        ("checkpoints", f"{run.config.run_folder}, every {plural(run.config.output.checkpoint_every, 'step')} and at the end"),
+        ("report", f"{run.config.log_folder / 'report.html'}, log.jsonl and TensorBoard events beside it"),
+        ("stop", f"SIGTERM or SIGUSR1 saves and ends; go on with --resume_path {LAST}"),
     ]
     note = kernel_note(compile_config.attention_kernel)
     rows += [("note", note)] if note else []
@@ -46,10 +57,27 @@ def plan_line(run: Run) -> str:
     return f"{axes or 'one rank'}, ZeRO {run.program.ZERO}, {_modes(run.plan)}"
 
 
-def prediction_line(plan: dict[str, Any]) -> str:
-    """Step time and memory of a rank, and the hardware they hold for."""
+def prediction_line(plan: dict[str, Any], known: Facts | None = None) -> str:
+    """Step time, MFU (of which peak, where `known`) and memory of a rank, and the hardware they hold for."""
     memory = f"{plan['peak_memory_gib']['total']:.3g} of {plan['memory_limit_gib']:.3g} GiB a rank"
-    return f"{plan['step_time_s']:.3g} s a step, {memory}, on {plan['hardware']}"
+    peak = f" of {teraflops(known.peak_flops)} with causal attention" if known else ""
+    return f"{plan['step_time_s']:.3g} s a step, MFU {plan['mfu_causal']:.1%}{peak}, {memory}, on {plan['hardware']}"
+
+
+def flops(count: float) -> str:
+    """FLOPs of a token as `47.1 GFLOP`."""
+    for unit, name in ((1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP")):
+        if count >= unit:
+            return f"{count / unit:.3g} {name}"
+    return f"{count:,.0f} FLOP"
+
+
+def _settings(run: Run) -> str:
+    """The settings that are not at their default and that no other line tells."""
+    told = {name: value for name, value in changed(run.config).items() if name not in _SAID}
+    return (
+        ", ".join(f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}" for name, value in told.items()) or "as given"
+    )
 
 
 def measured_mfu(plan: dict[str, Any], step_time_s: float) -> float:
