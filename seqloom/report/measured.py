@@ -17,7 +17,7 @@ def measured_section(documents: Documents) -> Markup:
     return tag(
         "section",
         tag("h2", "Predicted and measured"),
-        _table(groups) if groups else _how_to(documents.name),
+        comparison_table(groups) if groups else _how_to(documents.name),
         _loss(documents.training) if documents.training and len(documents.training.losses) > 1 else None,
         id="measured",
     )
@@ -32,7 +32,8 @@ def _how_to(name: str) -> Markup:
     )
 
 
-def _table(groups: list[Group]) -> Markup:
+def comparison_table(groups: list[Group]) -> Markup:
+    """Predicted, measured and their ratio, a group for each measurement."""
     titles = (("", None), ("predicted", "n"), ("measured", "n"), ("ratio", "n"), ("", "strip"))
     head = tag("tr", (tag("th", title, scope="col", class_=kind) for title, kind in titles))
     caption = f"Ratio: predicted over measured; the ground of the strip is within {_NEAR:.0%}."

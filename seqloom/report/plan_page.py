@@ -16,7 +16,7 @@ from seqloom.report.head import model_name, page_header
 from seqloom.report.markup import Markup, tag
 from seqloom.report.measured import measured_section
 from seqloom.report.memory import memory_section
-from seqloom.report.style import stylesheet
+from seqloom.report.page import html_page
 from seqloom.report.text import plural
 from seqloom.report.timeline import time_section
 from seqloom.report.verdict import verdict_section
@@ -32,15 +32,6 @@ SECTIONS = (
     operators_section,
     measured_section,
 )
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
-_SCRIPT = """
-addEventListener("pointerover", event => {
-  const piece = event.target.closest("[data-tip]"), figure = piece && piece.closest("figure");
-  const readout = figure && figure.querySelector(".readout");
-  if (readout) readout.textContent = piece.dataset.tip;
-});
-"""
-"""What is pointed at or touched is told below its figure; the same figures stand in the tables."""
 
 
 def write_plan_page(folder: Path, run_folder: Path | None = None) -> Path:
@@ -57,24 +48,7 @@ def write_plan_page(folder: Path, run_folder: Path | None = None) -> Path:
 def plan_page(documents: Documents) -> str:
     """The whole page."""
     title = f"Plan {documents.name}: {model_name(documents)} at {documents.plan['seq_len']:,} tokens"
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        tag("meta", name_="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name_="color-scheme", content="light dark"),
-        tag("link", rel="icon", href="data:,"),
-        tag("title", title),
-        tag("style", Markup(stylesheet())),
-    )
-    body = tag(
-        "body",
-        page_header(documents),
-        tag("main", (section(documents) for section in SECTIONS)),
-        _footer(documents),
-        tag("script", Markup(_SCRIPT)),
-    )
-    return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
+    return html_page(title, page_header(documents), tag("main", (section(documents) for section in SECTIONS)), _footer(documents))
 
 
 def _footer(documents: Documents) -> Markup:

@@ -86,3 +86,19 @@ def storage_text(zero: int | None, sharded: Iterable[str] = (), replicated: Iter
 def strategy_text(strategy: Mapping[str, str]) -> str:
     """`l@sp h@tp`; an axis over which the operator runs whole is said in words."""
     return " ".join(f"whole on {axis}" if letter == "whole" else f"{letter}@{axis}" for axis, letter in strategy.items()) or "one rank"
+
+
+def count_text(value: float) -> str:
+    """How many, in three digits: `8.03 billion`, `5.00 million`, `4,096`."""
+    return scaled(value, ((1e12, "trillion"), (1e9, "billion"), (1e6, "million"))) if value >= 1e6 else f"{value:,.0f}"
+
+
+def duration(value: float) -> str:
+    """Seconds as people say them: `45 s`, `12 min`, `3 h 05 min`, `2 d 4 h`."""
+    minutes = round(value / 60)
+    if value < 59.5:
+        return f"{value:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
