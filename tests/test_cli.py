@@ -138,13 +138,20 @@ def test_dry_run_of_one_rank(command, room, program, pages, tmp_path):
 
 
 def test_compile_takes_the_flags_of_the_request(command, room, pages, capsys, tmp_path):
-    plan = {"step_time_s": 1.5, "peak_memory_gib": {"total": 2.0}, "memory_limit_gib": 9.0, "hardware": "cpu", "repeated": {}}
+    plan = {
+        "step_time_s": 1.5,
+        "mfu_causal": 0.5,
+        "peak_memory_gib": {"total": 2.0},
+        "memory_limit_gib": 9.0,
+        "hardware": "cpu",
+        "repeated": {},
+    }
     calls = room("seqloom.emit.pipeline", "compile_program", types.SimpleNamespace(folder=tmp_path / "x", plan=plan))
     command("compile", "--model_id", "llama3_8b", "--seq-len", "64", "--plan_ngpus", "2", "--runtime_ngpus", "2", "--force", "sp2")
     request = CompileRequest("llama3_8b", 64, plan_ngpus=2, runtime_ngpus=2, force="sp2", grad_accumulation_steps=4)
     assert calls == [((request,), {})]
     assert pages == [((tmp_path / "x",), {})]
-    assert capsys.readouterr().out == f"wrote {tmp_path / 'x'}\npredicted: 1.5 s a step, 2 of 9 GiB a rank, on cpu\n"
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'x'}\npredicted: 1.5 s a step, MFU 50.0%, 2 of 9 GiB a rank, on cpu\n"
 
 
 def test_compile_is_for_one_process(command, monkeypatch):
@@ -223,3 +230,15 @@ def test_a_damaged_checkpoint_is_an_error(command, checkpoints):
 def test_no_checkpoints_are_an_error(command, tmp_path):
     with pytest.raises(UserError, match="no checkpoint"):
         command("checkpoint", "list", tmp_path)
+
+
+def test_report_of_runs(command, room, capsys, tmp_path):
+    one = room("seqloom.report.run_page", "write_run_page", Path("report.html"))
+    several = room("seqloom.report.compare_page", "write_compare_page", Path("both.html"))
+    assert command("report", "--run", tmp_path / "a") is None
+    assert command("report", "--compare", tmp_path / "a", tmp_path / "b", "--output", "both.html") is None
+    assert one == [((tmp_path / "a",), {})]
+    assert several == [(((tmp_path / "a", tmp_path / "b"), Path("both.html")), {})]
+    assert capsys.readouterr().out == "wrote report.html\nwrote both.html\n"
+    with pytest.raises(UserError, match="leave one of them out"):
+        command("report", "--run", tmp_path / "a", "--compare", tmp_path / "b")

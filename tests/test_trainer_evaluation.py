@@ -120,7 +120,7 @@ def test_a_signal_in_an_evaluation_saves_and_leaves(job):
 
 def test_a_loss_that_is_not_finite_is_logged_as_json_knows_it(tmp_path):
     console = io.StringIO()
-    with RunLog(tmp_path, 1, 2, console) as log:
+    with RunLog(tmp_path, 1, 2, 1e12, console) as log:
         log.evaluation(Evaluation(1, math.inf, 10, 1, 0.5))
         log.evaluation(Evaluation(2, 1000.0, 10, 1, 0.5))
     found = [json.loads(line)["evaluation"] for line in (tmp_path / LOG_FILE).read_text().splitlines()]

@@ -1,9 +1,11 @@
 """Whole trainings of a tiny model: logging, checkpoints, resuming under other ranks and plans, and how runs fail."""
 
 import base64
+import gzip
 import io
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -18,10 +20,13 @@ from seqloom.checkpoint import folders, merge
 from seqloom.checkpoint.manifest import Manifest
 from seqloom.errors import UserError
 from seqloom.trainer import state
+from seqloom.trainer.config import TrainConfig, parse
 from seqloom.trainer.failure import follows
-from seqloom.trainer.logging import RunLog, StepRecord, clock, plot_loss, read_log, running_mean, step_line
+from seqloom.trainer.logging import RunLog, StepRecord, clock, read_log, step_line
 from seqloom.trainer.loop import train_on
+from seqloom.trainer.plot import plot_loss, running_mean
 from seqloom.trainer.schedule import learning_rate
+from seqloom.trainer.settings_file import resolved
 
 CPU = torch.device("cpu")
 
@@ -42,6 +47,7 @@ def record(step, loss=2.5, **changes):
         "memory_gib": 1.234,
         "data_wait_s": 0.0123,
         "eta_s": 3725.0,
+        "memory_share": 0.77,
     }
     return StepRecord(**{**fields, **changes})
 
@@ -55,8 +61,9 @@ class Terminal(io.StringIO):
 
 
 def test_a_line_holds_everything_once():
-    assert step_line(record(7), 1000) == (
-        "step    7/1000  loss 2.5000  grad 1.250  lr 1.00e-03  123,457 tok/s (61,728/gpu)  mfu 41.2%  mem 1.23 GiB  data 12 ms  eta 1:02:05"
+    assert step_line(record(7), 1000, 989e12) == (
+        "step    7/1000  loss 2.5000  grad 1.250  lr 1.00e-03  61,728 tok/s/gpu  mfu 41.2% of 989 TFLOP/s  mem 1.23 GiB 77%  data 12 ms  "
+        "eta 1:02:05"
     )
 
 
@@ -67,20 +74,27 @@ def test_clock(seconds, text):
 
 def test_a_log_without_a_terminal_is_plain_lines(tmp_path):
     console = io.StringIO()
-    with RunLog(tmp_path, 1, 2, console) as log:
+    with RunLog(tmp_path, 1, 2, 1e12, console) as log:
         log.step(record(1))
-        log.say("saved")
-        log.step(record(2))
+        log.event(1, "checkpoint", "saved")
+        log.event(1, "start", "unsaid", aloud=False)
+        log.step(record(2, notes=("loss 9 against 3 before",)))
     lines = console.getvalue().splitlines()
-    assert [line.split("  ")[0] for line in lines] == ["step 1/2", "saved", "step 2/2"]
+    assert [line.split("  ")[0] for line in lines] == ["step 1/2", "saved", "step 2/2", "note: step 2: loss 9 against 3 before"]
     assert "\r" not in console.getvalue()
-    assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == read_log(tmp_path)
+    written = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line for line in written if "loss" in line] == read_log(tmp_path)
+    assert [(line["step"], line["event"], line["text"]) for line in written if "event" in line] == [
+        (1, "checkpoint", "saved"),
+        (1, "start", "unsaid"),
+    ]
+    assert [line.get("notes") for line in written if "loss" in line] == [None, ["loss 9 against 3 before"]]
     assert read_log(tmp_path)[1]["tokens_seen"] == 200
 
 
 def test_a_terminal_gets_a_bar_and_the_same_files(tmp_path):
     console = Terminal()
-    with RunLog(tmp_path, 2, 3, console) as log:
+    with RunLog(tmp_path, 2, 3, 1e12, console) as log:
         log.step(record(2))
         log.say("saved here")
         log.step(record(3))
@@ -93,31 +107,33 @@ def test_a_terminal_gets_a_bar_and_the_same_files(tmp_path):
 def test_tensorboard_has_every_scalar(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with RunLog(tmp_path, 1, 2, io.StringIO()) as log:
+    more = []
+    with RunLog(tmp_path, 1, 2, 1e12, io.StringIO(), lambda scalars, step: more.append((step, scalars))) as log:
         log.step(record(1, loss=3.0))
         log.step(record(2, loss=2.0))
+    assert [(step, scalars["loss"]) for step, scalars in more] == [(1, 3.0), (2, 2.0)]
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 3.0), (2, 2.0)]
     assert {"grad_norm", "lr", "tokens_per_s", "memory_gib", "mfu_causal"} <= set(events.Tags()["scalars"])
 
 
 def test_a_resumed_log_continues_and_the_later_record_counts(tmp_path):
-    with RunLog(tmp_path, 1, 4, io.StringIO()) as log:
+    with RunLog(tmp_path, 1, 4, 1e12, io.StringIO()) as log:
         for step in (1, 2, 3):
             log.step(record(step, loss=1.0))
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')  # killed in the middle of a line
-    with RunLog(tmp_path, 3, 4, io.StringIO()) as log:
+    with RunLog(tmp_path, 3, 4, 1e12, io.StringIO()) as log:
         for step in (3, 4):
             log.step(record(step, loss=2.0))
     assert [(entry["step"], entry["loss"]) for entry in read_log(tmp_path)] == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]
-    with RunLog(tmp_path, 1, 4, io.StringIO()) as log:
+    with RunLog(tmp_path, 1, 4, 1e12, io.StringIO()) as log:
         log.step(record(1, loss=9.0))
     assert [entry["loss"] for entry in read_log(tmp_path)] == [9.0]
 
 
 def test_the_plot_is_a_picture(tmp_path):
-    with RunLog(tmp_path, 1, 3, io.StringIO()) as log:
+    with RunLog(tmp_path, 1, 3, 1e12, io.StringIO()) as log:
         for step in (1, 2, 3):
             log.step(record(step, loss=4.0 / step))
     path = plot_loss(tmp_path, "a run")
@@ -190,7 +206,15 @@ def _train(rank, world_size, folder, *runs):
         train_on(config(folder, runtime_ngpus=world_size, **changes), CPU)
 
 
-WHOLE = {"name": "whole", "plan_ngpus": 2, "max_train_steps": 6, "checkpoint_every": 4, "warmup_steps": 2, "lr_schedule": "linear"}
+WHOLE = {
+    "name": "whole",
+    "plan_ngpus": 2,
+    "max_train_steps": 6,
+    "checkpoint_every": 4,
+    "warmup_steps": 2,
+    "lr_schedule": "linear",
+    "profile": "2:3",
+}
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +241,28 @@ def test_a_run_learns_and_says_so(whole):
     assert (whole / "runs/whole/loss.png").is_file()
     (page,) = whole.glob("programs/*/plan.html")
     assert "easured" in page.read_text(encoding="utf-8"), "the run stands beside the plan"
+
+
+def test_a_run_leaves_its_settings_its_page_and_its_profile(whole):
+    folder = whole / "runs/whole"
+    again = parse(TrainConfig, "train.py", ["--config", str(folder / "config.yaml")])
+    assert resolved(again) == resolved(config(whole, runtime_ngpus=2, **WHOLE))
+    known = json.loads((folder / "run.json").read_text())
+    assert (known["ranks"], known["total_steps"], known["tokens_per_step"]) == (2, 6, 2 * LENGTH)
+    assert known["flops_per_token"] == pytest.approx(6 * known["parameters"], rel=0.5), "a model this small is mostly its matrices"
+    assert (folder / known["plan_page"]).is_file()
+    assert "loss" in (folder / "report.html").read_text()
+    events = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines() if '"event"' in line]
+    assert [(event["step"], event["event"]) for event in events if event["event"] != "checkpoint"] == [
+        (0, "start"),
+        (3, "profile"),
+        (6, "finish"),
+    ]
+    assert [event["step"] for event in events if event["event"] == "checkpoint"] == [4, 6]
+    (program,) = whole.glob("programs/whole/program.py")
+    blocks = re.findall(r"^class (\w+)\(nn.Module\)", program.read_text(), re.MULTILINE)
+    trace = gzip.decompress((folder / "profile/steps-2-3.json.gz").read_bytes()).decode()
+    assert all(f'"{name}.forward"' in trace for name in blocks)
 
 
 def test_a_run_leaves_checkpoints_that_say_what_they_are(whole):

@@ -121,7 +121,8 @@ def _stop_if(signals: StopSignals) -> None:
 
 def _train(run: Run, known: Facts, progress: Progress, signals: StopSignals) -> None:
     """All steps that are left, a checkpoint every so often and at the end, then what a finished run leaves."""
-    monitor = group.attempt("opening the log", lambda: Monitor(run, known, progress.step))
+    monitor = Monitor(run, known, progress.step)
+    group.attempt("opening the log", monitor.open)
     loop = _Loop(run, progress, monitor)
     with monitor, contextlib.closing(run.ahead), contextlib.closing(loop.saver), loop.watch:
         while loop.progress.step < run.total_steps:

@@ -33,7 +33,9 @@ from seqloom.trainer.wandb_log import open_wandb
 
 
 class Monitor:
-    """The watchers of one run that goes on after `done` steps. A context manager around all steps; every rank has one."""
+    """The watchers of one run that goes on after `done` steps; every rank has one. `open` it, then use it as a context manager around all
+    steps.
+    """
 
     def __init__(self, run: Run, known: Facts, done: int) -> None:
         self._run, self._known, self._step = run, known, done
@@ -44,12 +46,12 @@ class Monitor:
         self._unusual, self._stragglers = Unusual(), Stragglers(run.device)
         self._log: RunLog | NoLog = NoLog()
         self._page: LivePage | None = None
-        if rank == 0:
-            self._open(done)
 
-    def _open(self, done: int) -> None:
-        """What rank 0 writes to."""
-        run, folder = self._run, self._run.config.log_folder
+    def open(self) -> None:
+        """Open what rank 0 writes to. Raises `UserError` where it cannot be."""
+        if dist.get_rank() != 0:
+            return
+        run, folder, done = self._run, self._run.config.log_folder, self._step
         project = run.config.monitor.wandb
         more = None if project is None else open_wandb(project, run.config.compile.name, folder, resolved(run.config))
         self._log = RunLog(folder, done + 1, run.total_steps, self._known.peak_flops, more=more)

@@ -11,6 +11,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from seqloom.report.run_log import LogReader
 from seqloom.report.run_page import write_run_page
 
 EVERY = 20.0  # seconds between two writings at the least
@@ -21,7 +22,7 @@ class LivePage:
     """The page of the run whose log lies in `folder`."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self._folder, self._reader = folder, LogReader(folder)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="report")
         self._due = time.monotonic()
         self._writing: Future[float] | None = None
@@ -37,10 +38,10 @@ class LivePage:
     def close(self) -> Path:
         """Write the page a last time; returns its path."""
         self._pool.shutdown(wait=True)
-        return write_run_page(self._folder)
+        return write_run_page(self._folder, self._reader)
 
     def _write(self) -> float:
         began = time.monotonic()
         with contextlib.suppress(OSError):  # a full disk ends the run where it loses something, not for a page
-            write_run_page(self._folder)
+            write_run_page(self._folder, self._reader)
         return time.monotonic() - began

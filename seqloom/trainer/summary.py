@@ -33,7 +33,7 @@ def summary(run: Run, known: Facts, done: int) -> str:
         (
             "step",
             f"{plural(loader.dp_size, 'scale unit')} x {plural(loader.accumulation, 'micro-batch', 'micro-batches')} x "
-            f"{plural(loader.micro_batch_size, 'row')} = {known.tokens_per_step:,} tokens of {flops(known.flops_per_token)}",
+            f"{plural(loader.micro_batch_size, 'row')} = {known.tokens_per_step:,} tokens of {flops(known.flops_per_token)} each",
         ),
         ("run", f"{plural(left, 'step')}{f' after {done}' if done else ''}, {epochs:.2f} epochs in all; {compile_config.precision}"),
         ("ranks", f"{run.mesh.size()} on {run.device.type}"),
