@@ -167,3 +167,21 @@ class Browser:
             page.messages.append(f"log {parameters['entry']['level']}: {parameters['entry']['text']}")
         elif event["method"] == "Network.requestWillBeSent":
             page.requests.append(parameters["request"]["url"])
+
+
+def assert_silent_and_alone(page: Page) -> None:
+    """Nothing on the console, no error, no policy violation, and no request but the page's own."""
+    assert page.evaluate("1") == 1  # whatever happened is told before this answer
+    assert page.messages == []
+    assert page.requests == [page.url]
+
+
+CUT_OFF = """[...document.querySelectorAll('main svg text')].filter(text => {
+    const box = text.getBoundingClientRect(), frame = text.ownerSVGElement.getBoundingClientRect();
+    return box.width > 0 && (box.left < frame.left - 1 || box.right > frame.right + 1 || box.bottom > frame.bottom + 2);
+}).map(text => text.textContent)"""
+"""Texts of drawings that are not wholly inside them."""
+
+
+def rgb(colour: str) -> str:
+    return f"rgb({', '.join(str(int(colour[i : i + 2], 16)) for i in (1, 3, 5))})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from browser import Browser, Page, find_browser
+from browser import CUT_OFF, Browser, assert_silent_and_alone, find_browser, rgb
 from plan_page_samples import compiled_program, full_plan, full_program, write
 
 from seqloom.report.plan_page import write_plan_page
@@ -53,13 +53,6 @@ def pages(tmp_path_factory) -> dict[str, Path]:
     return {name: write_plan_page(folder) for name, folder in folders.items()}
 
 
-def assert_silent_and_alone(page: Page) -> None:
-    """Nothing on the console, no error, no policy violation, and no request but the page's own."""
-    assert page.evaluate("1") == 1  # whatever happened is told before this answer
-    assert page.messages == []
-    assert page.requests == [page.url]
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", ["full", "compiled", "long"])
@@ -71,17 +64,6 @@ def test_renders_silently_and_fits(browser, pages, name, width, scheme):
     assert page.evaluate("getComputedStyle(document.querySelector('h1')).color") == rgb((DARK if scheme == "dark" else LIGHT)["ink"])
     if name != "long":  # there, words are cut off on purpose
         assert page.evaluate(CUT_OFF) == []
-
-
-CUT_OFF = """[...document.querySelectorAll('main svg text')].filter(text => {
-    const box = text.getBoundingClientRect(), frame = text.ownerSVGElement.getBoundingClientRect();
-    return box.width > 0 && (box.left < frame.left - 1 || box.right > frame.right + 1 || box.bottom > frame.bottom + 2);
-}).map(text => text.textContent)"""
-"""Texts of drawings that are not wholly inside them."""
-
-
-def rgb(colour: str) -> str:
-    return f"rgb({', '.join(str(int(colour[i : i + 2], 16)) for i in (1, 3, 5))})"
 
 
 @pytest.mark.parametrize("width", WIDTHS)

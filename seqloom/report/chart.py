@@ -24,7 +24,7 @@ _TOP, _BOTTOM = 14, 20
 class Curve:
     """`y` over `x`, both finite and of one length. `look` is a class of the stylesheet; `dots` draws points instead of a line.
 
-    `hidden` curves are only read out. `unit` is written behind values, and `factor` turns them into that unit.
+    `hidden` curves are only read out, `silent` ones only drawn. `unit` is written behind values, and `factor` turns them into that unit.
     """
 
     name: str
@@ -34,6 +34,7 @@ class Curve:
     look: str = ""
     dots: bool = False
     hidden: bool = False
+    silent: bool = False
     unit: str = ""
     factor: float = 1.0
 
@@ -71,20 +72,14 @@ class Chart:
     format: Format = short
     right: tuple[float, Format] | None = None
     axis: str = "steps"
-    x_format: Format = short
-    classes: str = ""
     legend: Sequence[tuple[str, str]] = field(default=())
 
 
 def chart_figure(chart: Chart, x: Scale, level: str = "h3") -> Markup:
     """The chart over the horizontal scale `x`."""
-    levels = chart.y.marks(max(2, chart.height // 36))
-    scales = [_scale(chart, levels, chart.format)]
-    if chart.right:
-        factor, form = chart.right
-        other = Scale(chart.y.low * factor, chart.y.high * factor)
-        scales.append(_scale(chart, [mark / factor for mark in other.marks(max(2, chart.height // 36))], form, factor, "0%", "right"))
-    plot = tag("div", scales[0], _drawing(chart, x, levels), *scales[1:], class_=f"plot{' both' if chart.right else ''}")
+    levels = chart.y.marks(chart.height // 36)
+    right = _right(chart, *chart.right) if chart.right else None
+    plot = tag("div", _left(chart, levels), _drawing(chart, x, levels), right, class_=f"plot{' both' if right else ''}")
     return tag(
         "figure",
         tag(level, chart.title, tag("small", chart.unit)),
@@ -92,7 +87,7 @@ def chart_figure(chart: Chart, x: Scale, level: str = "h3") -> Markup:
         plot,
         tag("span", class_="readout"),
         tag("script", Markup(_json(_data(chart, x))), type="application/json"),
-        class_=f"chart {chart.classes}".strip(),
+        class_="chart",
         tabindex=0,
     )
 
@@ -107,33 +102,42 @@ def _drawing(chart: Chart, x: Scale, levels: Sequence[float]) -> Markup:
         stretched(0, _TOP, "100%", chart.height, [_line(chart, x, curve) for curve in chart.curves if not curve.dots and not curve.hidden]),
         [_dots(chart, x, curve) for curve in chart.curves if curve.dots],
         [line(0, _y(chart, guide.value), "100%", _y(chart, guide.value), guide.look) for guide in chart.guides],
-        x_axis(x, chart.x_format, total - 5, chart.axis),
+        x_axis(x, short, total - 5),
         tag("line", y1=_TOP, y2=_TOP + chart.height, class_="cursor"),
-        [tag("circle", r=3.5, class_=f"dot {curve.colour}") for curve in chart.curves if not curve.hidden],
+        [tag("circle", r=3.5, class_=f"dot {curve.colour}") for curve in chart.curves if not (curve.hidden or curve.silent)],
         role="img",
         aria_label=f"{chart.title}: {chart.sentence}",
         height=total,
     )
 
 
-def x_axis(x: Scale, form: Format, baseline: float, name: str) -> Markup:
-    """Round values under a chart; the last is followed by what they are."""
-    values = x.marks(4)
+def x_axis(x: Scale, form: Format, baseline: float) -> Markup:
+    """Round values under a drawing; what they are stands beside it, under the other scale."""
     marks = []
-    for value in values:
+    for value in x.marks(4):
         place = float(x.place(value))
         anchor = "end" if place > 0.93 else "middle" if place > 0.04 else None
-        label = f"{form(value)} {name}" if value == values[-1] and len(values) > 1 else form(value)
-        marks.append(text(share(place), baseline, label, "muted", anchor, font_size=11))
+        marks.append(text(share(place), baseline, form(value), "muted", anchor, font_size=11))
     return join(marks)
 
 
-def _scale(chart: Chart, levels: Sequence[float], form: Format, factor: float = 1.0, x: str = "100%", class_: str = "left") -> Markup:
-    """The values of the hairlines, beside the drawing."""
-    anchor = "end" if x == "100%" else None
-    shift = {"dx": -8} if anchor else {"dx": 8}
-    marks = [text(x, _y(chart, level) + 4, form(level * factor), "muted", anchor, font_size=11, **shift) for level in levels]
-    return tag("svg", marks, height=_TOP + chart.height + _BOTTOM, aria_hidden="true", class_=class_)
+def axis_name(name: str, baseline: float) -> Markup:
+    """What the values of a horizontal scale are, left of them."""
+    return text("100%", baseline, name, "muted", "end", font_size=11, dx=-8)
+
+
+def _left(chart: Chart, levels: Sequence[float]) -> Markup:
+    """The values of the hairlines, left of the drawing, and below them what the horizontal scale is."""
+    marks = [text("100%", _y(chart, level) + 4, chart.format(level), "muted", "end", font_size=11, dx=-8) for level in levels]
+    total = _TOP + chart.height + _BOTTOM
+    return tag("svg", marks, axis_name(chart.axis, total - 5), height=total, aria_hidden="true")
+
+
+def _right(chart: Chart, factor: float, form: Format) -> Markup:
+    """The second scale, right of the drawing: the values of the first one times a factor."""
+    values = Scale(chart.y.low * factor, chart.y.high * factor).marks(chart.height // 36)
+    marks = [text(0, _y(chart, value / factor) + 4, form(value), "muted", font_size=11, dx=8) for value in values]
+    return tag("svg", marks, height=_TOP + chart.height + _BOTTOM, aria_hidden="true")
 
 
 def _line(chart: Chart, x: Scale, curve: Curve) -> Markup | None:
@@ -168,7 +172,7 @@ def _y(chart: Chart, value: float) -> float:
 def _data(chart: Chart, x: Scale) -> dict[str, Any]:
     """What the script needs to tell a point from a place, and the values there. A curve over the points of the one before has `x` null."""
     curves, before = [], None
-    for curve in chart.curves:
+    for curve in (curve for curve in chart.curves if not curve.silent):
         same = before is not None and np.array_equal(before, curve.x)
         entry = {
             "name": curve.name,

@@ -29,8 +29,10 @@ svg .hit{fill:transparent} svg .lane{stroke:var(--rule);stroke-width:1}
 .chart .readout,figure.chart .legend{padding-left:56px} .wide-left .readout,.wide-left figure.chart .legend{padding-left:80px}
 .legend i.bar{width:16px;height:3px;vertical-align:middle} .legend i.faded{opacity:.42}
 .legend i.round{border-radius:50%;width:8px;height:8px} .legend i.limit-line{background:var(--limit)}
-.legend i.guide{background:repeating-linear-gradient(90deg,var(--muted) 0 5px,transparent 5px 8px)}
-@media(max-width:559px){.wide-left .readout{min-height:2.8em}
+.legend i.guide{background:var(--muted)}
+.legend i.guide,.legend i.dashed{-webkit-mask:repeating-linear-gradient(90deg,#000 0 5px,transparent 5px 8px);
+mask:repeating-linear-gradient(90deg,#000 0 5px,transparent 5px 8px)}
+@media(max-width:559px){.wide-left .plot{grid-template-columns:70px 1fr}.wide-left .readout{min-height:2.8em}
 .chart .readout,figure.chart .legend,.wide-left .readout,.wide-left figure.chart .legend{padding-left:0}}
 """
 

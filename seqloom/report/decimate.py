@@ -30,10 +30,8 @@ def stretches(count: int, parts: int) -> np.ndarray:
     return np.arange(parts + 1) * count // parts
 
 
-def running_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """Mean of each value and those before it, `width` at most; nan counts as nothing. Shape: as `values`."""
-    known = np.isfinite(values)
-    sums, counts = (np.cumsum(np.where(known, amount, 0.0)) for amount in (values, 1.0))
-    before = np.maximum(np.arange(len(values)) - width, -1)
-    sums, counts = (total - np.where(before >= 0, total[before], 0.0) for total in (sums, counts))
-    return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0)
+def running_mean(values: np.ndarray, width: int, places: np.ndarray) -> np.ndarray:
+    """At each place the mean of its value and those before it, `width` at most; nan counts as nothing. Shape: as `places`."""
+    windows = (values[max(0, place + 1 - width) : place + 1] for place in places.tolist())
+    known = [window[np.isfinite(window)] for window in windows]
+    return np.array([window.mean() if len(window) else np.nan for window in known], dtype=float)

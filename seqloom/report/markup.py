@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from html import escape
 from typing import TypeAlias
 
-VOID = frozenset({"meta", "link", "br", "hr", "col"})
+VOID = frozenset({"meta", "link", "br", "hr", "col", "input"})
 
 
 class Markup(str):

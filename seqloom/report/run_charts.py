@@ -47,11 +47,11 @@ def loss_chart(documents: RunDocuments) -> Chart:
     log = documents.log
     steps, loss = log.steps["step"], log.steps["loss"]
     at = kept(loss, POINTS)
-    mean = running_mean(loss, 1 + log.count // 20)
+    mean = running_mean(loss, 1 + log.count // 20, at)
     found = [(evaluation.step, evaluation.loss) for evaluation in log.evaluations if evaluation.loss is not None]
     evaluated = np.array(found, dtype=float).reshape(-1, 2)
     evaluated = evaluated[kept(evaluated[:, 1], POINTS // 5)]
-    curves = [Curve("loss", steps[at], loss[at], look="thin"), Curve("running mean", steps[at], mean[at], look="strong")]
+    curves = [Curve("loss", steps[at], loss[at], look="thin"), Curve("running mean", steps[at], mean, look="strong")]
     legend = [("each step", "one bar faded"), (f"mean of {1 + log.count // 20:,}" if log.count > 20 else "mean", "one bar")]
     if len(evaluated):
         curves.append(Curve("evaluation", evaluated[:, 0], evaluated[:, 1], "three", dots=True))

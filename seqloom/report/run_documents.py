@@ -6,7 +6,6 @@ In: `runs/<name>/`. Out: `RunDocuments`. Every field of `run.json` may be absent
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from seqloom.errors import UserError
-from seqloom.report.run_log import LOG, LogReader, RunLog
+from seqloom.report.run_log import LOG, LogReader, RunLog, known_number
 
 RUN = "run.json"
 
@@ -59,9 +58,8 @@ def read_run(folder: Path, reader: LogReader | None = None) -> RunDocuments:
 
 
 def value(document: Mapping[str, Any], key: str) -> float | None:
-    """The finite number under a key; None for anything else."""
-    found = document.get(key)
-    return found if type(found) in (int, float) and math.isfinite(found) else None
+    """The number under a key; None for anything else."""
+    return known_number(document.get(key))
 
 
 def text(document: Mapping[str, Any], key: str) -> str | None:

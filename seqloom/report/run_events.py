@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 
 from seqloom.report.axes import short
-from seqloom.report.chart import x_axis
+from seqloom.report.chart import axis_name, x_axis
 from seqloom.report.markup import Markup, tag
 from seqloom.report.run_charts import marks_of, steps_scale
 from seqloom.report.run_documents import RunDocuments
@@ -63,7 +63,7 @@ def _lanes(documents: RunDocuments) -> Markup | None:
         "svg",
         tag("desc", sentence),
         drawn,
-        x_axis(x, short, height - 5, "steps"),
+        x_axis(x, short, height - 5),
         role="img",
         aria_label=f"Events over the steps: {sentence}",
         height=height,
@@ -71,7 +71,7 @@ def _lanes(documents: RunDocuments) -> Markup | None:
     )
     return tag(
         "figure",
-        tag("div", tag("svg", names, height=height, aria_hidden="true"), drawing, class_="plot"),
+        tag("div", tag("svg", names, axis_name("steps", height - 5), height=height, aria_hidden="true"), drawing, class_="plot"),
         tag("span", "Point at or touch a mark to read it.", class_="readout"),
         class_="wide-left lanes",
     )

@@ -45,6 +45,7 @@ START, STOP, FINISH, RESTART, EVALUATION, SKIPPED, SPIKE, STRAGGLER = (
     "spike",
     "straggler",
 )
+BEYOND = 1e100  # no run measures so much: from here on a number counts as none
 _BATCH = 200  # lines that are parsed at once: faster than one by one, and other threads wait for a millisecond or two
 _STEP = itemgetter(*FIELDS)
 _SLOW = ("straggl", "slow", "rank", "took", "waited")
@@ -135,7 +136,7 @@ class LogReader:
             with self.path.open("rb") as file:
                 self._read(file)
         columns = np.array(self.numbers).reshape(-1, len(FIELDS)).T
-        columns[~np.isfinite(columns)] = np.nan
+        columns[~(np.abs(columns) < BEYOND)] = np.nan
         return RunLog(
             steps=dict(zip(FIELDS, columns, strict=True)),
             evaluations=tuple(self.evaluations.values()),
@@ -212,7 +213,7 @@ class LogReader:
         self.evaluations = {at: found for at, found in self.evaluations.items() if at <= step}
 
     def _evaluation(self, step: int, found: Mapping[str, Any], record: Mapping[str, Any]) -> None:
-        loss, perplexity = (_known(found.get(name)) for name in ("loss", "perplexity"))
+        loss, perplexity = (known_number(found.get(name)) for name in ("loss", "perplexity"))
         self.evaluations.pop(step, None)
         self.evaluations[step] = Evaluation(step, loss, perplexity)
         told = "loss is not finite" if loss is None else f"loss {loss:.4f}" + (f", perplexity {perplexity:.4g}" if perplexity else "")
@@ -228,7 +229,7 @@ class LogReader:
         self._happened(step, RESTART if kind == START and step else kind, text, record)
 
     def _happened(self, step: int, kind: str, text: Any, record: Mapping[str, Any]) -> None:
-        self.events.append(Event(step, kind, str(text), _known(record.get("time"))))
+        self.events.append(Event(step, kind, str(text), known_number(record.get("time"))))
 
 
 def _plain(record: Mapping[str, Any]) -> bool:
@@ -261,13 +262,10 @@ def _record(line: bytes) -> Any:
 
 def _number(value: Any) -> float:
     """The number, or nan for anything else."""
-    try:
-        return float(value) if type(value) in (float, int) else math.nan
-    except OverflowError:
-        return math.nan
+    return float(value) if type(value) in (float, int) and abs(value) < BEYOND else math.nan
 
 
-def _known(value: Any) -> float | None:
+def known_number(value: Any) -> float | None:
     """The number, or None for anything else."""
     number = _number(value)
-    return number if math.isfinite(number) else None
+    return None if math.isnan(number) else number
