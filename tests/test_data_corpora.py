@@ -207,7 +207,7 @@ def test_digest_tells_corpora_apart(documents, other):
 
 def test_trained_tokenizer_is_deterministic_and_lossless(stdlib):
     corpus = stdlib.select(range(60))
-    first, second = (train_tokenizer(corpus, 1000) for _ in range(2))
+    first, second = (train_tokenizer([corpus], 1000) for _ in range(2))
     assert first.backend_tokenizer.to_str() == second.backend_tokenizer.to_str()
     assert len(first) == 1000 and first.eos_token == END_OF_TEXT and first.eos_token_id == 0
     for text in [*corpus["text"][:5], "naïve 漢字 🧵\r\n\t  two  spaces ", "\x00\x7f"]:
@@ -224,7 +224,7 @@ def test_every_text_is_encoded_without_loss(text):
 
 def _tiny_tokenizer(cache=[]):  # noqa: B006
     if not cache:
-        cache.append(train_tokenizer(Dataset.from_dict({"text": ["a small text to train on"]}), 300))
+        cache.append(train_tokenizer([Dataset.from_dict({"text": ["a small text to train on"]})], 300))
     return cache[0]
 
 
@@ -235,7 +235,7 @@ def test_a_small_corpus_gives_a_smaller_vocabulary():
 def test_large_corpora_are_sampled(monkeypatch):
     corpus = Dataset.from_dict({"text": ["ab " * 100, "xyz " * 100] * 50})
     monkeypatch.setattr("seqloom.data.tokenizer.TRAINING_BYTES", corpus.data.nbytes // 2)
-    assert "xyz" not in train_tokenizer(corpus, 270).get_vocab()
+    assert "xyz" not in train_tokenizer([corpus], 270).get_vocab()
 
 
 @pytest.mark.parametrize("name", ["train:", "train:many", "train:256", "train:-5", "train:0"])

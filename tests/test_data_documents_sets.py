@@ -9,10 +9,13 @@ from datasets import Dataset, Features, List, Value, load_from_disk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from seqloom.data.build import build
+from seqloom.data.corpora import Corpus
 from seqloom.data.loader import Loader, open_dataset
 from seqloom.data.metadata import Metadata, read_metadata, write_metadata
-from seqloom.data.packing import DEFAULT_PACK, IGNORED, pack_corpus
+from seqloom.data.packing import DEFAULT_PACK, IGNORED
 from seqloom.data.prepare import prepare
+from seqloom.data.settings import Settings
 from seqloom.data.tokenizer import train_tokenizer
 from seqloom.errors import UserError
 
@@ -32,11 +35,11 @@ def corpus():
 
 @pytest.fixture(scope="module")
 def tokenizer(corpus):
-    return train_tokenizer(corpus, 300)
+    return train_tokenizer([corpus], 300)
 
 
 def save(corpus, tokenizer, path, length=LENGTH, pack="documents", **options):
-    return pack_corpus(corpus, tokenizer, path, length, corpus_name="words", tokenizer_name="train:300", pack=pack, **options)
+    return build([Corpus("words", corpus)], tokenizer, "train:300", path, Settings(length, pack, **options))
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +104,11 @@ def test_any_text_comes_back_document_by_document(tmp_path_factory, tokenizer, d
 
 
 def test_how_much_is_written_at_once_makes_no_difference(corpus, tokenizer, folders, tmp_path, monkeypatch):
-    for name, size in {"BLOCK_TOKENS": 40, "MAX_BATCH": 3}.items():
-        monkeypatch.setattr(f"seqloom.data.packing.{name}", size)
+    sizes = {"build.BLOCK_TOKENS": 100, "rows.BLOCK_TOKENS": 40, "rows.FILE_BYTES": 900, "pieces.MAX_BATCH": 3, "pieces.MIN_BYTES": 500}
+    for name, size in sizes.items():
+        monkeypatch.setattr(f"seqloom.data.{name}", size)
     save(corpus, tokenizer, tmp_path / "set")
+    assert len(list((tmp_path / "set").glob("rows-*.arrow"))) > 3
     assert load_from_disk(str(tmp_path / "set"))[:] == load_from_disk(str(folders / "documents"))[:]
     assert read_metadata(tmp_path / "set") == read_metadata(folders / "documents")
 

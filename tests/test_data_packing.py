@@ -9,9 +9,14 @@ from datasets import Dataset, load_from_disk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from seqloom.data.build import build
+from seqloom.data.corpora import Corpus
+from seqloom.data.encode import text_encoder
 from seqloom.data.folders import staged_folder
 from seqloom.data.metadata import Metadata, read_metadata, write_metadata
-from seqloom.data.packing import IGNORED, pack_corpus, pack_stream, tokenize
+from seqloom.data.packing import IGNORED, pack_stream
+from seqloom.data.pieces import tokenize
+from seqloom.data.settings import Settings
 from seqloom.data.tokenizer import load_tokenizer, train_tokenizer
 from seqloom.errors import UserError
 
@@ -79,7 +84,7 @@ def corpus():
 
 @pytest.fixture(scope="module")
 def tokenizer(corpus):
-    return train_tokenizer(corpus, 300)
+    return train_tokenizer([corpus], 300)
 
 
 def expected_stream(corpus, tokenizer):
@@ -90,9 +95,8 @@ def expected_stream(corpus, tokenizer):
     return stream
 
 
-def save(corpus, tokenizer, path, length=16, **options):
-    names = {"corpus_name": "words", "tokenizer_name": "train:300", "pack": "stream"}
-    return pack_corpus(corpus, tokenizer, path, length, **{**names, **options})
+def save(corpus, tokenizer, path, length=16, corpus_name="words", tokenizer_name="train:300", **options):
+    return build([Corpus(corpus_name, corpus)], tokenizer, tokenizer_name, path, Settings(length, **{"pack": "stream", **options}))
 
 
 @pytest.mark.parametrize("num_proc", [1, 2])
@@ -156,9 +160,9 @@ def test_other_settings_are_refused_and_overwrite_replaces(corpus, tokenizer, tm
     with pytest.raises(UserError, match="corpus words holds other documents or rules now"):
         save(corpus.select(range(50)), tokenizer, tmp_path / "set")
     with pytest.raises(UserError, match="tokenizer is train:300 there, not train:280"):
-        save(corpus, train_tokenizer(corpus, 280), tmp_path / "set", tokenizer_name="train:280")
+        save(corpus, train_tokenizer([corpus], 280), tmp_path / "set", tokenizer_name="train:280")
     with pytest.raises(UserError, match="tokenizer train:300 holds other documents or rules now"):
-        save(corpus, train_tokenizer(corpus, 280), tmp_path / "set")
+        save(corpus, train_tokenizer([corpus], 280), tmp_path / "set")
     assert read_metadata(tmp_path / "set").sequence_length == 16
     save(corpus, tokenizer, tmp_path / "set", 32, overwrite=True)
     assert read_metadata(tmp_path / "set").sequence_length == 32
@@ -198,9 +202,10 @@ def test_lengths_are_positive(corpus, tokenizer, tmp_path, length):
 
 
 def test_tokenize_appends_the_end_of_text(corpus, tokenizer, tmp_path):
-    tokens = tokenize(corpus, tokenizer, tmp_path / "tokens.arrow")["tokens"][:]
-    assert tokens[5] == tokens[6] == []
-    assert all(ids[-1] == tokenizer.eos_token_id for i, ids in enumerate(tokens) if i not in (5, 6))
+    store = tokenize(corpus, text_encoder(tokenizer), tmp_path)
+    assert store.lengths[5] == store.lengths[6] == 0
+    full = np.flatnonzero(store.lengths)
+    assert all(store.read(full[i : i + 1])[-1] == tokenizer.eos_token_id for i in range(len(full)))
 
 
 def test_a_failure_leaves_the_old_folder_whole(tmp_path):

@@ -1,19 +1,24 @@
-"""Where text comes from: every kind of corpus becomes one `datasets.Dataset` with a single column `text`.
+"""Where text comes from: every kind of corpus becomes one `datasets.Dataset` with a single column, `text` or `messages`.
 
-In: what the user wrote after `--data_path_or_name`. Out: one row per document, in an order that depends on the input alone. Nothing is
-tokenized here and nothing is held in memory that `datasets` can map from disk.
+In: what the user wrote after `--data_path_or_name`, and the column that holds the documents. Out: one row per document, a text or a chat,
+in an order that depends on the input alone. Nothing is tokenized here and nothing is held in memory that `datasets` can map from disk.
 """
 
 from __future__ import annotations
 
+import difflib
 import glob
 import hashlib
+import json
 import os
 import sysconfig
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from seqloom.data.chat import MESSAGES, check_messages
 from seqloom.data.hub import hub_clients
 from seqloom.errors import UserError
 
@@ -22,21 +27,45 @@ if TYPE_CHECKING:
 
 TEXT = "text"
 STDLIB = "stdlib"
+FIRST_ROWS = 100  # looked at to tell what a column holds
 BUILDERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
 ALTERNATIVES = "give a local dataset folder, .txt/.jsonl/.parquet files, or `stdlib` (the Python standard library's sources)"
 
 
-def load_corpus(path_or_name: str) -> Dataset:
-    """The documents of a corpus: a dataset with the one column `text`.
+@dataclass(frozen=True)
+class Corpus:
+    """Documents and where they come from: `name` is what the user called them, `column` where they lay there.
 
-    `path_or_name` is `stdlib`; files (.txt: one document a file, .jsonl: one object with "text" a line, .parquet: a column "text";
-    globs and lists with commas allowed); a folder written by `save_to_disk` or one that holds such files; or a hub id, of which the
-    split `train` is taken. Raises UserError for whatever cannot be read, naming the alternatives.
+    `documents` has the one column `text`, or `messages` where the documents are chats.
     """
-    if path_or_name == STDLIB:
-        return _stdlib_corpus()
+
+    name: str
+    documents: Dataset
+    column: str = TEXT
+
+    @property
+    def chat(self) -> bool:
+        """Whether the documents are chats."""
+        return self.documents.column_names == [MESSAGES]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the documents in order. Reads all of them once."""
+        return corpus_digest(self.documents)
+
+
+def load_corpus(path_or_name: str, column: str = TEXT, chat: bool = False) -> Dataset:
+    """The documents of a corpus: a dataset with the one column `text`, or with `chat` the one column `messages`.
+
+    `path_or_name` is `stdlib`; files (.txt: one document a file, .jsonl: one object a line, .parquet; globs and lists with commas
+    allowed); a folder written by `save_to_disk` or one that holds such files; or a hub id, of which the split `train` is taken.
+    `column` holds the documents there: strings, or lists of messages with `role` and `content`. Raises UserError for whatever cannot
+    be read, naming the alternatives.
+    """
     folder = Path(path_or_name).expanduser()
-    if folder.is_dir():
+    if path_or_name == STDLIB:
+        corpus = _stdlib_corpus()
+    elif folder.is_dir():
         corpus = _folder_corpus(folder)
     elif _names_files(path_or_name):
         corpus = _files_corpus(_expand(path_or_name))
@@ -44,14 +73,21 @@ def load_corpus(path_or_name: str) -> Dataset:
         raise UserError(f"there is no data folder or file {path_or_name}: {ALTERNATIVES}")
     else:
         corpus = _hub_corpus(path_or_name)
-    return _text_only(corpus, path_or_name)
+    corpus = _one_column(corpus, path_or_name, column, "chat_column" if chat else "text_column")
+    if not chat:
+        return _texts(corpus, path_or_name, column)
+    first = next((messages for messages in corpus.select(range(min(FIRST_ROWS, len(corpus))))[column] if messages), [])
+    check_messages(first, f"the column `{column}` of {path_or_name}")
+    return corpus if column == MESSAGES else corpus.rename_column(column, MESSAGES)
 
 
 def corpus_digest(corpus: Dataset) -> str:
     """SHA-256 of the documents in order: two corpora with the same digest pack to the same rows."""
     digest = hashlib.sha256()
+    (column,) = corpus.column_names
     for batch in corpus.iter(batch_size=1000):
-        for text in batch[TEXT]:
+        for document in batch[column]:
+            text = json.dumps(document) if column == MESSAGES else document
             data = (text or "").encode("utf-8", "surrogatepass")
             digest.update(len(data).to_bytes(8, "little"))
             digest.update(data)
@@ -150,14 +186,25 @@ def _hub_corpus(name: str) -> Dataset:
         raise UserError(f"cannot load the data set {name} from the hub or its cache ({reason}): {ALTERNATIVES}") from error
 
 
-def _text_only(corpus: Dataset, name: str) -> Dataset:
-    from datasets import Value
-
-    if TEXT not in corpus.column_names:
-        raise UserError(f"{name} has no column `text` but {', '.join(corpus.column_names)}: rename the column that holds the documents")
-    kind = corpus.features[TEXT]
-    if kind not in (Value("string"), Value("large_string")):
-        raise UserError(f"the column `text` of {name} holds {kind}, not strings: give it one string per document")
+def _one_column(corpus: Dataset, name: str, column: str, flag: str) -> Dataset:
+    """The corpus with one of its columns only."""
+    if column not in corpus.column_names:
+        near = difflib.get_close_matches(column, corpus.column_names, n=1)
+        hint = f"did you mean {near[0]}? Give" if near else "give"
+        raise UserError(
+            f"{name} has no column `{column}` but {', '.join(corpus.column_names)}: {hint} the one of the documents as --{flag}"
+        )
     if len(corpus) == 0:
         raise UserError(f"{name} has no documents: give a corpus with text in it")
-    return corpus.select_columns([TEXT])
+    return corpus.select_columns([column])
+
+
+def _texts(corpus: Dataset, name: str, column: str) -> Dataset:
+    """The corpus with its one column called `text`; it holds strings."""
+    from datasets import Value
+
+    kind = corpus.features[column]
+    if kind not in (Value("string"), Value("large_string")):
+        kind = "lists" if "List" in type(kind).__name__ else str(kind)
+        raise UserError(f"the column `{column}` of {name} holds {kind}, not strings: name another --text_column, or chats as --chat_column")
+    return corpus if column == TEXT else corpus.rename_column(column, TEXT)

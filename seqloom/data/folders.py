@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -27,10 +28,16 @@ def staged_folder(target: Path, marker: str, overwrite: bool = False) -> Iterato
         yield staging
         _move(staging, target)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(f"the disk of {target.parent} is full: free some space or choose another output folder") from error
     finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def remove_abandoned(target: Path) -> None:
+    """Remove what processes that were killed left of `target`. Only for a caller that knows that no other one writes it now."""
+    for staging in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
         shutil.rmtree(staging, ignore_errors=True)
 
 

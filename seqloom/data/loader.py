@@ -19,7 +19,7 @@ from torch import Tensor
 
 from seqloom.data.documents import CU_SEQLENS, first_bad_row, read_borders, restarting_positions, scan_borders, squash
 from seqloom.data.metadata import DOCUMENTS, TOKENIZER_FOLDER, Metadata, read_metadata
-from seqloom.data.packing import COLUMNS
+from seqloom.data.rows import COLUMNS
 from seqloom.errors import UserError
 
 if TYPE_CHECKING:

@@ -16,6 +16,21 @@ VALIDATION_FOLDER = "validation"
 FORMAT_VERSION = 1
 STREAM, DOCUMENTS = "stream", "documents"
 Pack = Literal["stream", "documents"]
+ChatLabels = Literal["assistant", "all"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one corpus gave to a data set: `tokens` of `documents`, which lay in the column `column`; `unused` documents with tokens were
+    left out because another corpus ran out first. `name` is what the user called it, `digest` what it held."""
+
+    name: str
+    digest: str
+    column: str
+    chat: bool = False
+    tokens: int = 0
+    documents: int = 0
+    unused: int = 0
 
 
 @dataclass(frozen=True)
@@ -26,6 +41,10 @@ class Metadata:
     `pack` says whether the rows know their documents; folders written before there was a choice are streams. `typical_row` are the
     lengths of the documents in a row of median work (the sum of squared lengths); in a stream that is the whole row. `validation` is the
     share of the corpus' documents that lie in a data set of their own in the folder `validation` and not in these rows.
+
+    `parts` are the corpora in the order they were named, `weights` the shares of tokens that were asked for. `chat_labels` and
+    `chat_template` (a digest) are empty where there are no chats. `labels` is how many labels count, `cut` how many documents lie in more
+    than one row. Folders written by older versions lack all of these.
     """
 
     sequence_length: int
@@ -41,10 +60,28 @@ class Metadata:
     pack: Pack = STREAM
     typical_row: tuple[int, ...] = ()
     validation: float = 0.0
+    parts: tuple[Part, ...] = ()
+    weights: tuple[float, ...] = ()
+    chat_labels: str = ""
+    chat_template: str = ""
+    labels: int | None = None
+    cut: int | None = None
 
     def __post_init__(self) -> None:
-        """One document as long as the row where no lengths are given; what JSON gives as a list becomes a tuple."""
+        """One document as long as the row where no lengths are given; what JSON gives as lists and dicts becomes what it was."""
         object.__setattr__(self, "typical_row", tuple(self.typical_row) or (self.sequence_length,))
+        object.__setattr__(self, "weights", tuple(self.weights))
+        object.__setattr__(self, "parts", tuple(Part(**part) if isinstance(part, dict) else part for part in self.parts))
+
+    def shares(self) -> list[str]:
+        """For each corpus of a blend a line that says its share and what was left unused."""
+        if len(self.parts) < 2:
+            return []
+        return [
+            f"{part.tokens / self.tokens:.1%} from {part.name}: {part.documents:,} documents, {part.tokens:,} tokens"
+            + (f"; {part.unused:,} documents left unused" if part.unused else "")
+            for part in self.parts
+        ]
 
     def difference(self, other: Metadata) -> str | None:
         """The first setting in which another data set was made differently, in words, or None. Names of the same contents may differ."""
@@ -54,15 +91,32 @@ class Metadata:
             return f"made with --pack {self.pack} there, not {other.pack}"
         if self.validation != other.validation:
             return f"made with --validation {self.validation:g} there, not {other.validation:g}"
-        for label in ("corpus", "tokenizer"):
-            digest = f"{label}_digest"
-            if getattr(self, digest) == getattr(other, digest):
-                continue
-            called, now_called = getattr(self, label), getattr(other, label)
-            if called != now_called:
-                return f"{label} is {called} there, not {now_called}"
-            return f"{label} {called} holds other documents or rules now"
-        return None
+        return self._other_corpus(other) or self._other_contents("tokenizer", other) or self._other_chats(other)
+
+    def _other_corpus(self, other: Metadata) -> str | None:
+        if self.weights != other.weights:
+            mine, now = (" ".join(f"{weight:g}" for weight in metadata.weights) or "none" for metadata in (self, other))
+            return f"made with --weights {mine} there, not {now}"
+        if self.corpus_digest != other.corpus_digest and self.corpus == other.corpus:
+            for mine, now in zip(self.parts, other.parts, strict=False):
+                if (mine.column, mine.chat) != (now.column, now.chat):
+                    flags = [f"--{'chat' if part.chat else 'text'}_column {part.column}" for part in (mine, now)]
+                    return f"{mine.name} was read with {flags[0]} there, not {flags[1]}"
+        return self._other_contents("corpus", other)
+
+    def _other_contents(self, label: str, other: Metadata) -> str | None:
+        digest = f"{label}_digest"
+        if getattr(self, digest) == getattr(other, digest):
+            return None
+        called, now_called = getattr(self, label), getattr(other, label)
+        if called != now_called:
+            return f"{label} is {called} there, not {now_called}"
+        return f"{label} {called} holds other documents or rules now"
+
+    def _other_chats(self, other: Metadata) -> str | None:
+        if self.chat_labels != other.chat_labels:
+            return f"made with --chat_labels {self.chat_labels} there, not {other.chat_labels}"
+        return "made with another chat template there" if self.chat_template != other.chat_template else None
 
 
 def write_metadata(folder: Path, metadata: Metadata) -> None:

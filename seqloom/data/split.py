@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from seqloom.errors import UserError
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 _SEED = 0
 
@@ -20,16 +15,18 @@ def check_share(share: float) -> None:
         raise UserError(f"--validation is {share:g}: give the share of documents to evaluate on, at least 0 and below 1")
 
 
-def split_documents(corpus: Dataset, share: float) -> tuple[Dataset, Dataset | None]:
-    """The documents to train on and those to evaluate on, both in the order of the corpus; None where `share` is 0.
+def held_out(corpora: np.ndarray, share: float) -> np.ndarray:
+    """Which documents to evaluate on: bool, one for each. `corpora` says of each document which corpus it is of, and every corpus gives
+    its share, at least one.
 
     Raises UserError for a corpus of a single document: there is nothing to split.
     """
-    if share == 0:
-        return corpus, None
-    if len(corpus) < 2:
-        raise UserError("--validation keeps documents from training, but the corpus has a single one: leave it out, or split the text")
-    count = min(max(1, round(share * len(corpus))), len(corpus) - 1)
-    held_out = np.zeros(len(corpus), bool)
-    held_out[np.random.default_rng(_SEED).permutation(len(corpus))[:count]] = True
-    return corpus.select(np.flatnonzero(~held_out)), corpus.select(np.flatnonzero(held_out))
+    chosen = np.zeros(len(corpora), bool)
+    for corpus in np.unique(corpora) if share else ():
+        mine = np.flatnonzero(corpora == corpus)
+        if len(mine) < 2:
+            raise UserError("--validation keeps documents from training, but the corpus has a single one: leave it out, or split the text")
+        count = min(max(1, round(share * len(mine))), len(mine) - 1)
+        seed = (_SEED, int(corpus)) if corpus else _SEED
+        chosen[mine[np.random.default_rng(seed).permutation(len(mine))[:count]]] = True
+    return chosen

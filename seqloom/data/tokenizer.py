@@ -6,10 +6,11 @@ token and decodes to exactly the text it was given. The same corpus gives the sa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from seqloom.data.chat import MESSAGES
 from seqloom.data.corpora import TEXT
 from seqloom.data.hub import hub_clients
 from seqloom.errors import UserError
@@ -26,15 +27,16 @@ TRAINING_BYTES = 100 * 2**20
 ALTERNATIVES = "give the folder of a tokenizer, or train:4096 to train one of 4096 tokens on the corpus"
 
 
-def load_tokenizer(path_or_name: str, corpus: Dataset | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer called `path_or_name`: a hub id, a folder, or `train:N`, which trains one of N tokens on `corpus` (column text).
+def load_tokenizer(path_or_name: str, corpora: Sequence[Dataset] = ()) -> PreTrainedTokenizerBase:
+    """The tokenizer called `path_or_name`: a hub id, a folder, or `train:N`, which trains one of N tokens on `corpora` (column
+    `text`, or `messages`: what they say).
 
     It has an end-of-text token and fits its vocabulary. Raises UserError where it cannot be read or trained.
     """
     if path_or_name.startswith(TRAIN):
-        if corpus is None:
+        if not corpora:
             raise UserError(f"{path_or_name} needs a corpus to be trained on: {ALTERNATIVES.split(', or')[0]}")
-        return train_tokenizer(corpus, training_vocab(path_or_name))
+        return train_tokenizer(corpora, training_vocab(path_or_name))
     tokenizer = _from_pretrained(path_or_name)
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer {path_or_name} has no end-of-text token (eos_token) to put between documents: {ALTERNATIVES}")
@@ -49,10 +51,10 @@ def training_vocab(name: str) -> int:
     return int(size)
 
 
-def train_tokenizer(corpus: Dataset, vocab_size: int) -> PreTrainedTokenizerBase:
+def train_tokenizer(corpora: Sequence[Dataset], vocab_size: int) -> PreTrainedTokenizerBase:
     """A byte-level BPE of at most `vocab_size` tokens (fewer if the text has too few pairs to merge), end of text included.
 
-    Of a corpus larger than `TRAINING_BYTES` every k-th document is used, k such that about this much remains.
+    Of corpora larger than `TRAINING_BYTES` every k-th document is used, k such that about this much remains.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -66,8 +68,8 @@ def train_tokenizer(corpus: Dataset, vocab_size: int) -> PreTrainedTokenizerBase
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    stride = -(-corpus.data.nbytes // TRAINING_BYTES)
-    bpe.train_from_iterator(_texts(corpus.select(range(0, len(corpus), stride)) if stride > 1 else corpus), trainer)
+    stride = -(-sum(corpus.data.nbytes for corpus in corpora) // TRAINING_BYTES)
+    bpe.train_from_iterator(_texts(corpora, stride), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token=END_OF_TEXT,
@@ -77,9 +79,13 @@ def train_tokenizer(corpus: Dataset, vocab_size: int) -> PreTrainedTokenizerBase
     )
 
 
-def _texts(corpus: Dataset) -> Iterator[list[str]]:
-    for batch in corpus.iter(batch_size=100):
-        yield [text for text in batch[TEXT] if text]
+def _texts(corpora: Sequence[Dataset], stride: int) -> Iterator[list[str]]:
+    for corpus in corpora:
+        for batch in (corpus.select(range(0, len(corpus), stride)) if stride > 1 else corpus).iter(batch_size=100):
+            if MESSAGES in batch:
+                yield [message["content"] for chat in batch[MESSAGES] for message in chat or () if message.get("content")]
+            else:
+                yield [text for text in batch[TEXT] if text]
 
 
 def _from_pretrained(path_or_name: str) -> PreTrainedTokenizerBase:
