@@ -127,6 +127,12 @@ def test_events_and_predictions_stand_in_tables(whole):
     assert ("optimizer.betas", "[0.9, 0.95]") in rows and ("compile.zero", "null") in rows
 
 
+def test_memory_of_a_cpu_run_is_not_compared(tmp_path):
+    page = page_of(sample_run(tmp_path / "r", device="cpu"))
+    assert ["memory of the process", "\u2013", "60.0 GiB", "\u2013", ""] in [[cell.text for cell in row] for row in table_rows(page)]
+    assert "predicted 58.0 GiB" not in words(page) and "limit 74.0 GiB" in words(page)
+
+
 def table_rows(page: Page) -> list[list[Element]]:
     rows: list[list[Element]] = []
     for element in page.elements:

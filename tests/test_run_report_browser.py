@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -179,15 +180,17 @@ def test_without_scripts_the_page_still_has_its_curves(browser, pages, tmp_path)
 
 
 def test_a_running_page_says_how_old_it_is_and_loads_itself_again(browser, pages, tmp_path):
-    lines = [*map(step_record, range(1, 4))]
-    path = write_run_page(write_log(tmp_path / "r", lines))
-    hurry = "window.setInterval = (task, wait) => wait === 30000 ? setTimeout(() => { Date.now = () => 4e12; task(); }, 0) : 0;"
-    page = browser.open(path, before=hurry)
-    for _ in range(100):
-        if len(page.requests) > 1:
-            break
-        page.evaluate("new Promise(resolve => setTimeout(resolve, 20))")
-    assert len(page.requests) > 1 and set(page.requests) == {page.url}
-    done = browser.open(pages["whole"], before=hurry)
-    assert done.requests == [done.url]
-    assert "ago" in done.evaluate("document.querySelector('.age').textContent")
+    running = write_run_page(write_log(tmp_path / "r", map(step_record, range(1, 4))))
+    tasks = "window.tasks = []; window.setInterval = (task, wait) => tasks.push([task, wait]);"
+    waits = "tasks.map(([task, wait]) => wait)"
+    done, page = (browser.open(path, before=tasks) for path in (pages["whole"], running))
+    assert done.evaluate(waits) == [5000] and page.evaluate(waits) == [5000, 30000]
+    assert page.evaluate("document.querySelector('.age').textContent").endswith(" ago)")
+    page.evaluate("(document.querySelector('details').open = true, tasks[1][0]())")
+    assert page.evaluate("1") == 1 and page.requests == [page.url]  # somebody reads a table
+    page.evaluate("(document.querySelector('details').open = false, tasks[1][0]())")
+    deadline = time.monotonic() + 20
+    while len(page.requests) < 2 and time.monotonic() < deadline:
+        browser.call("Target.getTargets")  # what the page did meanwhile is noted
+        time.sleep(0.02)
+    assert page.requests == [page.url] * 2

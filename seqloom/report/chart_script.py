@@ -25,14 +25,16 @@ svg .stem.restart{stroke-dasharray:2 3}
 svg .stem.spike,svg .stem.skipped{stroke:var(--limit);stroke-width:2.5} svg .stem.straggler{stroke:var(--three);stroke-width:2.5}
 svg .cursor{stroke:var(--ink);stroke-width:1;opacity:.5;visibility:hidden} svg .dot{visibility:hidden;stroke:var(--paper);stroke-width:1.5}
 svg .hit{fill:transparent} svg .lane{stroke:var(--rule);stroke-width:1}
-.chart .readout{min-height:1.4em;margin-top:2px;font-variant-numeric:tabular-nums}
+.chart .readout{min-height:2.8em;margin-top:2px;font-variant-numeric:tabular-nums}
 .chart .readout,figure.chart .legend{padding-left:56px} .wide-left .readout,.wide-left figure.chart .legend{padding-left:80px}
 .legend i.bar{width:16px;height:3px;vertical-align:middle} .legend i.faded{opacity:.42}
 .legend i.round{border-radius:50%;width:8px;height:8px} .legend i.limit-line{background:var(--limit)}
+.legend i.tick{width:3px;height:11px;border-radius:0;vertical-align:-1px;background:var(--limit)}
+.legend i.tick.restart{width:2px;background:repeating-linear-gradient(var(--muted) 0 2px,transparent 2px 4px)}
 .legend i.guide{background:var(--muted)}
 .legend i.guide,.legend i.dashed{-webkit-mask:repeating-linear-gradient(90deg,#000 0 5px,transparent 5px 8px);
 mask:repeating-linear-gradient(90deg,#000 0 5px,transparent 5px 8px)}
-@media(max-width:559px){.wide-left .plot{grid-template-columns:70px 1fr}.wide-left .readout{min-height:2.8em}
+@media(max-width:559px){.wide-left .plot{grid-template-columns:70px 1fr}.wide-left .readout{min-height:4.2em}
 .chart .readout,figure.chart .legend,.wide-left .readout,.wide-left figure.chart .legend{padding-left:0}}
 """
 

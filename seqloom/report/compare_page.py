@@ -32,6 +32,7 @@ fieldset legend{float:left;margin-right:6px;color:var(--muted);padding:4px 0} fi
 fieldset input{accent-color:var(--forward);margin:0 6px 0 0} input:focus-visible{outline:2px solid var(--forward);outline-offset:2px}
 @supports selector(:has(*)){.axis{display:none}main:has(#by-steps:checked) .axis.steps,main:has(#by-tokens:checked) .axis.tokens,
 main:has(#by-time:checked) .axis.time{display:block}}
+td.swatch{white-space:nowrap}
 td.swatch i{display:inline-block;width:16px;height:3px;margin-right:8px;vertical-align:middle}
 .scroll td.mono{font-size:12px} main>.scroll:first-child{margin-top:24px}
 """

@@ -5,7 +5,7 @@ In: `RunDocuments` and the names of runs. Out: sections.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -20,7 +20,7 @@ _ABSENT = "\u2013"
 
 def runs_table(names: Sequence[str], runs: Sequence[RunDocuments], colours: Sequence[str]) -> Markup:
     """A line for each run: state, steps, last and best loss, throughput, memory, time."""
-    titles = ("run", "state", "step", "mean loss of the last 50", "best evaluation", "tokens/s/GPU", "MFU", "peak memory", "time running")
+    titles = ("run", "state", "step", "mean loss, last 50", "best evaluation", "tokens/s/GPU", "MFU", "peak memory", "time running")
     rows = []
     for name, run, colour in zip(names, runs, colours, strict=True):
         label = tag("td", tag("i", class_=colour, aria_hidden="true"), name, class_="swatch")
@@ -42,7 +42,8 @@ def _figures(run: RunDocuments) -> list[str]:
     ]
 
 
-def _of(figure, values: np.ndarray, show) -> str:
+def _of(figure: Callable[[np.ndarray], float], values: np.ndarray, show: Callable[[float], str]) -> str:
+    """A figure of a column in words."""
     return show(float(figure(values))) if np.isfinite(values).any() else _ABSENT
 
 

@@ -6,15 +6,15 @@ the log has no numbers for is left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from seqloom.report.axes import Scale, percents, scale_of, span
+from seqloom.report.axes import Format, Scale, percents, scale_of, span
 from seqloom.report.chart import Chart, Curve, Guide, Mark, chart_figure
 from seqloom.report.decimate import kept, running_mean
 from seqloom.report.markup import Markup, tag
-from seqloom.report.run_documents import RunDocuments, table, value
+from seqloom.report.run_documents import RunDocuments, value
 from seqloom.report.run_log import RESTART, SKIPPED, SPIKE, STRAGGLER, RunLog
 from seqloom.report.text import gib, number
 
@@ -56,13 +56,15 @@ def loss_chart(documents: RunDocuments) -> Chart:
     if len(evaluated):
         curves.append(Curve("evaluation", evaluated[:, 0], evaluated[:, 1], "three", dots=True))
         legend.append(("evaluation", "three round"))
+    marks = marks_of(log, RESTART, SPIKE, SKIPPED)
+    legend += [(kind, f"tick {kind}") for kind in dict.fromkeys(mark.kind for mark in marks)]
     return Chart(
         "Loss",
         "nats per token",
         f"{_from_to(loss)}{f'; evaluation {_from_to(evaluated[:, 1])}' if len(evaluated) else ''}",
         curves,
         scale_of([loss, evaluated[:, 1]], log=True),
-        marks=marks_of(log, RESTART, SPIKE, SKIPPED),
+        marks=marks,
         height=250,
         legend=legend,
     )
@@ -98,7 +100,7 @@ def _throughput(documents: RunDocuments) -> Chart | None:
     right = None
     if shares.size and shares.max() <= shares.min() * 1.001 and shares.max() > 0:
         right = (float(np.median(shares)), percents)
-    unit = "tokens per second and GPU; MFU on the right" if right else "tokens per second and GPU"
+    unit = "tokens/s/GPU; MFU on the right" if right else "tokens per second and GPU"
     scale = scale_of([values, _values(guides)], zero=True)
     extra = [("MFU", mfu, "%", 100.0)] if np.isfinite(mfu).any() else []
     return _chart(documents, "Throughput", unit, "tokens/s/GPU", values, scale, guides, (RESTART, STRAGGLER), extra=extra, right=right)
@@ -112,20 +114,12 @@ def _step_time(documents: RunDocuments) -> Chart | None:
 
 
 def _memory(documents: RunDocuments) -> Chart | None:
-    values, plan = documents.log.steps["memory_gib"], documents.plan
-    predicted, limit = value(table(plan, "peak_memory_gib"), "total"), value(plan, "memory_limit_gib")
+    values, unit = documents.log.steps["memory_gib"], "GiB of the process" if documents.on_cpu else "GiB"
+    predicted, limit = documents.predicted_memory_gib, value(documents.plan, "memory_limit_gib")
     guides = [] if predicted is None else [Guide(predicted, f"predicted {gib(predicted)}")]
     guides += [] if limit is None else [Guide(limit, f"limit {gib(limit)}", "limit-line")]
-    return _chart(
-        documents,
-        "Peak memory",
-        "GiB, the fullest rank",
-        "memory",
-        values,
-        scale_of([values, _values(guides)], zero=True),
-        guides,
-        unit=" GiB",
-    )
+    scale = scale_of([values, _values(guides)], zero=True)
+    return _chart(documents, "Peak memory", f"{unit}, the fullest rank", "memory", values, scale, guides, unit=" GiB")
 
 
 def _data_wait(documents: RunDocuments) -> Chart | None:
@@ -147,7 +141,7 @@ def _chart(
     guides: Sequence[Guide] = (),
     kinds: Sequence[str] = (RESTART,),
     extra: Iterable[tuple[str, np.ndarray, str, float]] = (),
-    right: tuple | None = None,
+    right: tuple[float, Format] | None = None,
     unit: str = "",
     factor: float = 1.0,
 ) -> Chart | None:
@@ -171,7 +165,7 @@ def _chart(
     )
 
 
-def _predicted(predicted: float | None, values: np.ndarray, show) -> list[Guide]:
+def _predicted(predicted: float | None, values: np.ndarray, show: Callable[[float], str]) -> list[Guide]:
     """A guide at what was predicted, unless it lies so far above that the curve would be flat."""
     known = values[np.isfinite(values)]
     if predicted is None or not known.size or predicted > _FAR * known.max():

@@ -39,6 +39,16 @@ class RunDocuments:
         return int(total) if total and total > 0 else None
 
     @property
+    def on_cpu(self) -> bool:
+        """Whether it runs without a GPU: then the memory in the log is the whole process's, and no prediction can be held against it."""
+        return (text(self.info, "device") or text(self.plan, "hardware") or "").startswith("cpu")
+
+    @property
+    def predicted_memory_gib(self) -> float | None:
+        """The predicted peak of the fullest rank, where it can be compared with the log."""
+        return None if self.on_cpu else value(table(self.plan, "peak_memory_gib"), "total")
+
+    @property
     def plan_page(self) -> str | None:
         """Where the plan's page is, as seen from the run's folder."""
         page = text(self.info, "plan_page")

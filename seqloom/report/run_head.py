@@ -8,7 +8,7 @@ from urllib.parse import quote
 import numpy as np
 
 from seqloom.report.markup import Markup, tag
-from seqloom.report.run_documents import RunDocuments, table, text, value
+from seqloom.report.run_documents import RunDocuments, text, value
 from seqloom.report.run_events import moment
 from seqloom.report.run_log import FINISH, START, STOP
 from seqloom.report.text import count_text, duration, gib, number, percent, plural
@@ -99,7 +99,7 @@ def _memory(documents: RunDocuments) -> Iterator[tuple[str, str, str]]:
     if not np.isfinite(memory).any():
         return
     peak, limit = float(np.nanmax(memory)), value(documents.plan, "memory_limit_gib")
-    predicted = value(table(documents.plan, "peak_memory_gib"), "total")
+    predicted = documents.predicted_memory_gib
     note = f"{percent(peak / limit)} of {gib(limit)}" if limit else f"predicted {gib(predicted)}" if predicted else "the fullest rank"
     yield "peak memory", gib(peak), note
 

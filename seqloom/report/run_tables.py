@@ -40,7 +40,8 @@ def _comparisons(documents: RunDocuments) -> Iterator[Comparison]:
             yield Comparison(name, value(plan, key), float(np.nanmedian(values)), show)
     memory = log.steps["memory_gib"]
     if np.isfinite(memory).any():
-        yield Comparison("peak memory", value(table(plan, "peak_memory_gib"), "total"), float(np.nanmax(memory)), gib)
+        name = "memory of the process" if documents.on_cpu else "peak memory"
+        yield Comparison(name, documents.predicted_memory_gib, float(np.nanmax(memory)), gib)
 
 
 def numbers_section(documents: RunDocuments) -> Markup | None:
