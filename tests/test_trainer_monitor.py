@@ -40,7 +40,7 @@ def test_a_spike_is_told_with_what_was_before():
     unusual = watched(40)
     assert unusual(4.0, 1.0, 0.5) == ["loss 4 against 3 before"]
     assert unusual(3.0, 9.0, 0.5)[0].startswith("gradient norm 9 against")
-    assert unusual(3.0, 1.0, 2.0)[0].startswith("step time 2 s against 0.5")
+    assert unusual(3.0, 1.0, 2.0)[0].startswith("slow step: 2 s against 0.5")
     assert len(unusual(5.0, 9.0, 2.0)) == 3
 
 

@@ -11,6 +11,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from seqloom.errors import UserError
 from seqloom.report.run_log import LogReader
 from seqloom.report.run_page import write_run_page
 
@@ -42,6 +43,6 @@ class LivePage:
 
     def _write(self) -> float:
         began = time.monotonic()
-        with contextlib.suppress(OSError):  # a full disk ends the run where it loses something, not for a page
+        with contextlib.suppress(OSError, UserError):  # a full disk ends the run where it loses something, not for a page
             write_run_page(self._folder, self._reader)
         return time.monotonic() - began

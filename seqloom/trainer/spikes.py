@@ -42,5 +42,6 @@ class Unusual:
         spread = TO_STANDARD * statistics.median(abs(other - median) for other in before)
         if value <= max(median * RISE[name], median + DEVIATIONS * spread):
             return None
-        unit = " s" if name == "step time" else ""
-        return f"{name} {value:.4g}{unit} against {median:.4g}{unit} before"
+        if name == "step time":
+            return f"slow step: {value:.3g} s against {median:.3g} s before"
+        return f"{name} {value:.4g} against {median:.4g} before"
