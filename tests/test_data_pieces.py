@@ -183,7 +183,7 @@ def test_a_full_disk_is_a_sentence_and_keeps_the_pieces(corpus, tokenizer, tmp_p
         if step == "rows":
             patch.setattr(RowWriter, "_file", lambda *_: Path("/dev/full"))
         else:
-            patch.setattr("seqloom.data.tokens.open", lambda *_: Path("/dev/full").open("wb"), raising=False)
+            patch.setattr("seqloom.data.tokens.open", lambda *_: os.fdopen(os.open("/dev/full", os.O_WRONLY), "wb"), raising=False)
         with pytest.raises(UserError, match=r"the disk of .* is full: free some space"):
             build([Corpus("text", corpus)], tokenizer, "t", tmp_path / "set", Settings(32))
     assert os.listdir(tmp_path) == [".set.pieces"]
