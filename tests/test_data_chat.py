@@ -14,6 +14,7 @@ from seqloom.data.corpora import Corpus, corpus_digest, load_corpus
 from seqloom.data.loader import Loader, open_dataset
 from seqloom.data.metadata import read_metadata
 from seqloom.data.packing import IGNORED, pack_documents, pack_stream
+from seqloom.data.pieces import tokenize
 from seqloom.data.prepare import prepare
 from seqloom.data.settings import Settings
 from seqloom.data.tokenizer import train_tokenizer
@@ -189,6 +190,32 @@ def test_from_chats_to_micro_batches(corpus, tokenizer, tmp_path, pack):
         and metadata.labels
         == sum(label != IGNORED for row in open_dataset(tmp_path / "set").read(np.arange(metadata.rows))[1] for label in row)
     )
+
+
+def test_processes_and_threads_read_the_same_chats(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("seqloom.data.pieces.MIN_BYTES", 200)
+    talk = Dataset.from_dict({"messages": CHATS * 3})
+    encode = ChatEncoder(with_template(tokenizer, PLAIN), "assistant", "talk")
+    one, two = (tokenize(talk, encode, tmp_path / str(count), count) for count in (1, 2))
+    assert len(list((tmp_path / "2").iterdir())) > 4
+    assert one.read(np.arange(len(talk))).tolist() == two.read(np.arange(len(talk))).tolist()
+
+
+def test_a_tokenizer_without_places_of_tokens_is_refused(tokenizer):
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(UserError, match="written in Python.*--chat_labels all"):
+        ChatEncoder(Slow(), "assistant", "talk")(CHATS[:1])
+
+
+def test_a_tokenizer_that_would_cut_texts_does_not(corpus, tokenizer, tmp_path):
+    its = train_tokenizer([corpus.documents], 300)
+    its.backend_tokenizer.enable_truncation(3)
+    its.backend_tokenizer.enable_padding(length=10)
+    texts = Corpus("x", Dataset.from_dict({"text": ["a much longer text than three tokens", "b"]}))
+    made, _ = build([texts], its, "t", tmp_path / "set", Settings(8))
+    assert made.tokens == sum(len(train_tokenizer([corpus.documents], 300)(text)["input_ids"]) + 1 for text in texts.documents["text"])
 
 
 def test_other_labels_or_templates_are_another_data_set(corpus, tokenizer, tmp_path):

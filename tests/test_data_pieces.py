@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from seqloom.data import pieces
 from seqloom.data.build import build
 from seqloom.data.corpora import Corpus
-from seqloom.data.encode import text_encoder
+from seqloom.data.encode import TextEncoder
 from seqloom.data.loader import open_dataset
 from seqloom.data.pieces import only_one, tokenize
 from seqloom.data.prepare import prepare
@@ -142,20 +142,20 @@ def test_only_what_was_made_of_the_same_is_used_again(corpus, tokenizer, tmp_pat
 
 
 def test_damaged_pieces_are_made_again(corpus, tokenizer, tmp_path, small, capsys):
-    whole = tokenize(corpus, text_encoder(tokenizer), tmp_path / "a")
+    whole = tokenize(corpus, TextEncoder(tokenizer), tmp_path / "a")
     tokens = whole.read(np.arange(400))
     files = sorted((tmp_path / "a").iterdir())
     files[0].write_bytes(files[0].read_bytes()[:-20])
     files[1].write_bytes(b"")
     files[2].unlink()
     write_tokens(files[3], [[np.array([1], np.int32)]])
-    again = tokenize(corpus, text_encoder(tokenizer), tmp_path / "a")
+    again = tokenize(corpus, TextEncoder(tokenizer), tmp_path / "a")
     assert (again.read(np.arange(400)) == tokens).all() and (again.lengths == whole.lengths).all()
     assert "goes on: " in capsys.readouterr().err
 
 
 def test_processes_give_what_threads_give(corpus, tokenizer, tmp_path, small):
-    one, two = (tokenize(corpus, text_encoder(tokenizer), tmp_path / str(count), count) for count in (1, 2))
+    one, two = (tokenize(corpus, TextEncoder(tokenizer), tmp_path / str(count), count) for count in (1, 2))
     assert (one.lengths == two.lengths).all() and (one.read(np.arange(400)) == two.read(np.arange(400))).all()
     expected = tokenizer(corpus["text"][:], add_special_tokens=False)["input_ids"]
     assert one.read(np.arange(400)).tolist() == [token for ids in expected for token in [*ids, tokenizer.eos_token_id]]
@@ -164,7 +164,7 @@ def test_processes_give_what_threads_give(corpus, tokenizer, tmp_path, small):
 def test_a_process_that_is_killed_is_a_sentence(corpus, tokenizer, tmp_path, small, monkeypatch):
     monkeypatch.setattr(pieces.Work, "do", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(UserError, match="a process that tokenizes was killed .*smaller --num_proc"):
-        tokenize(corpus, text_encoder(tokenizer), tmp_path / "x", 2)
+        tokenize(corpus, TextEncoder(tokenizer), tmp_path / "x", 2)
 
 
 @pytest.mark.parametrize("num_proc", [1, 2])
