@@ -55,32 +55,33 @@ def main() -> None:
     if args.system is not None:
         run(args.system, args.folder, args.lengths[0], args.steps)
         return
-    found = {"machine": machine(), "model": MODEL, "ranks": RANKS, "rows": ROWS, "lengths": compare(args)}
-    for length, systems in found["lengths"].items():
-        print(f"{length:,} tokens, {ROWS} rows; seqloom: {systems['seqloom']['plan']}")
-        for name, figures in systems.items():
-            print(line(name, figures, systems["fsdp2"]))
-    if args.write:
-        keep("side_by_side", found)
-
-
-def compare(args: argparse.Namespace) -> dict[int, dict[str, dict[str, Any]]]:
-    """The figures of every system at every length."""
+    found = {"machine": machine(), "model": MODEL, "ranks": RANKS, "rows": ROWS, "lengths": {}}
     with tempfile.TemporaryDirectory(prefix="seqloom-side-") as name:
         folder = Path(name)
         prepare(folder, args.lengths)
         hardware = args.hardware or str(folder / "machine.json")
         if args.hardware is None:
             torchrun(RANKS, "-m", "seqloom", "profile", "--device", "cpu", "--name", "measured", "--output", hardware)
-        plans = {length: compiled(folder, length, hardware) for length in args.lengths}
-        jobs: dict[tuple[int, str], list[dict[str, Any]]] = {}
         for length in args.lengths:
-            for turn in range(args.rounds * len(SYSTEMS)):
-                system, steps = SYSTEMS[turn % len(SYSTEMS)], str(args.steps or STEPS.get(length, 4))
-                words = ["--system", system, "--folder", folder, "--lengths", str(length), "--steps", steps]
-                torchrun(RANKS, __file__, *words)
-                jobs.setdefault((length, system), []).append(json.loads((folder / "job.json").read_text(encoding="utf-8")))
-        return {length: {s: {**figures(jobs[length, s], length), **plans[length].get(s, {})} for s in SYSTEMS} for length in args.lengths}
+            found["lengths"][length] = compare(folder, length, hardware, args.steps or STEPS.get(length, 4), args.rounds)
+            if args.write:
+                keep("side_by_side", found)
+
+
+def compare(folder: Path, length: int, hardware: str, steps: int, rounds: int) -> dict[str, dict[str, Any]]:
+    """The figures of every system at a length, told line by line."""
+    plan = compiled(folder, length, hardware)
+    jobs: dict[str, list[dict[str, Any]]] = {system: [] for system in SYSTEMS}
+    for turn in range(rounds * len(SYSTEMS)):
+        system = SYSTEMS[turn % len(SYSTEMS)]
+        torchrun(RANKS, __file__, "--system", system, "--folder", folder, "--lengths", str(length), "--steps", str(steps))
+        jobs[system].append(json.loads((folder / "job.json").read_text(encoding="utf-8")))
+    found = {system: figures(jobs[system], length) for system in SYSTEMS}
+    found["seqloom"].update(plan)
+    print(f"{length:,} tokens, {ROWS} rows; seqloom: {plan['plan']}")
+    for system, own in found.items():
+        print(line(system, own, found["fsdp2"]), flush=True)
+    return found
 
 
 def prepare(folder: Path, lengths: list[int]) -> None:
@@ -93,7 +94,7 @@ def prepare(folder: Path, lengths: list[int]) -> None:
     LlamaForCausalLM(LlamaConfig(**MODEL, max_position_embeddings=max(lengths))).save_pretrained(folder / "model")
 
 
-def compiled(folder: Path, length: int, hardware: str) -> dict[str, dict[str, Any]]:
+def compiled(folder: Path, length: int, hardware: str) -> dict[str, Any]:
     """Compile the best plan for a length; says what it is and the step time it predicts."""
     from seqloom.emit.pipeline import compile_program
     from seqloom.emit.request import CompileRequest
@@ -103,7 +104,8 @@ def compiled(folder: Path, length: int, hardware: str) -> dict[str, dict[str, An
         model_id=str(folder / "model"), seq_len=length, hardware=hardware, output_folder=folder, name=f"p{length}", **sizes
     )
     plan = compile_program(request).plan
-    return {"seqloom": {"plan": f"{plan['mesh']}, ZeRO {plan['zero']}", "predicted_s": plan["step_time_s"]}}
+    axes = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
+    return {"plan": f"{axes}, ZeRO {plan['zero']}", "predicted_s": plan["step_time_s"]}
 
 
 def run(system: str, folder: Path, length: int, steps: int) -> None:
