@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from seqloom.data.metadata import DOCUMENTS, VALIDATION_FOLDER, ChatLabels, Metadata, Pack, read_metadata
+from seqloom.data.metadata import DEFAULT_PACK, DOCUMENTS, VALIDATION_FOLDER, ChatLabels, Metadata, Pack, read_metadata
 from seqloom.entry import run
 from seqloom.errors import UserError
 
@@ -50,7 +50,7 @@ class Arguments:
     """A Jinja file with the chat template, in the place of the tokenizer's own."""
     weights: tuple[float, ...] = ()
     """For each corpus its share of the tokens of the blend, which ends where the first corpus runs out. Without, all documents are used."""
-    pack: Pack = DOCUMENTS
+    pack: Pack = DEFAULT_PACK
     """`documents`: rows know the documents in them, which attend only within themselves, and labels never cross from one to the next.
     `stream`: a row is one text, whatever documents it holds."""
     validation: float = 0.0

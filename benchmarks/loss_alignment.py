@@ -1,4 +1,4 @@
-"""Do all ways to split a sequence learn alike? Loss curves of seqloom over 1 to 8 ranks, beside the Trainer of transformers and FSDP2 by hand.
+"""Loss curves of seqloom over 1 to 8 ranks, split in every way, beside the Trainer of transformers and FSDP2 by hand.
 
     python benchmarks/loss_alignment.py            # 200 steps of each, fp32 on CPU: a table, and how far the curves are apart at most
     python benchmarks/loss_alignment.py --write    # and kept as benchmarks/results/loss_alignment.json and .png

@@ -27,6 +27,7 @@ from seqloom.cost.measure_clock import waited_seconds
 from seqloom.trainer.schedule import learning_rate
 
 IGNORED = -100
+Lap = tuple[float, float, float]  # seconds, seconds waited, seconds worked
 Rows = dict[str, Tensor]  # input_ids, labels (of the next token) and position_ids, each [rows, tokens]
 
 
@@ -53,23 +54,29 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Timed:
-    """A step: its loss, its seconds on this rank, and those of them in which the rank waited for a core that other work had."""
+    """A step: its loss, its seconds on this rank, those of them in which the rank waited for a core that other work had, and the seconds
+    that processors worked for this process, all its threads together.
+    """
 
     loss: float
     seconds: float
     waited: float
+    worked: float
 
 
 class Stopwatch:
-    """Seconds, and seconds waited, from one `lap` to the next."""
+    """Seconds, seconds waited and seconds worked, from one `lap` to the next."""
 
     def __init__(self) -> None:
-        self._last = time.perf_counter(), waited_seconds()
+        self._last = self._now()
 
-    def lap(self) -> tuple[float, float]:
+    def lap(self) -> Lap:
         """What has passed since the last lap."""
-        before, self._last = self._last, (time.perf_counter(), waited_seconds())
-        return self._last[0] - before[0], self._last[1] - before[1]
+        before, self._last = self._last, self._now()
+        return tuple(now - then for now, then in zip(self._last, before, strict=True))
+
+    def _now(self) -> Lap:
+        return time.perf_counter(), waited_seconds(), time.process_time()
 
 
 def train_fsdp2(recipe: Recipe, rows_of_step: Callable[[int], Rows]) -> list[Timed]:
@@ -143,7 +150,7 @@ class _Clock(TrainerCallback):
     """The laps of the steps, from the end of one to the end of the next."""
 
     def __init__(self) -> None:
-        self.laps: list[tuple[float, float]] = []
+        self.laps: list[Lap] = []
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self._watch = Stopwatch()

@@ -7,8 +7,9 @@
 One small Llama, one batch: two rows of random tokens a step. The two loops give a row to each process; seqloom's planner splits what it
 wants, by a profile of this machine that two processes take first. Every figure comes from processes of their own (`--rounds` jobs for each
 system and length, taking turns, one thread each). A step's time is from the end of the step before it to its own, the first `WARMUP` left
-out; the half of the steps counts in which the process waited least for a core that other work had, and the median of these is told. Memory
-is the peak resident set of a process, and how much of it came after its imports; of ranks and jobs the largest.
+out; the half of the steps counts in which the process waited least for a core that other work had, and the median of these is told, with
+the seconds that they waited, and that processors worked for the process, which other work on the machine hardly changes. Memory is the
+peak resident set of a process, and how much of it came after its imports; of ranks and jobs the largest.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from jobs import RESULTS, keep, machine, torchrun
 
 RANKS, ROWS, WARMUP = 2, 2, 1
 SYSTEMS = ("seqloom", "fsdp2", "trainer")
-STEPS = {1024: 12, 4096: 8, 16384: 4}  # of one job
+STEPS = {1024: 12, 4096: 6, 16384: 3}  # of one job
 MODEL = {
     "vocab_size": 4096,
-    "hidden_size": 256,
-    "intermediate_size": 688,
+    "hidden_size": 128,
+    "intermediate_size": 344,
     "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "tie_word_embeddings": False,
 }
 
@@ -54,32 +55,33 @@ def main() -> None:
     if args.system is not None:
         run(args.system, args.folder, args.lengths[0], args.steps)
         return
-    found = {"machine": machine(), "model": MODEL, "ranks": RANKS, "rows": ROWS, "lengths": compare(args)}
-    for length, systems in found["lengths"].items():
-        print(f"{length:,} tokens, {ROWS} rows; seqloom: {systems['seqloom']['plan']}")
-        for name, figures in systems.items():
-            print(line(name, figures, systems["fsdp2"]))
-    if args.write:
-        keep("side_by_side", found)
-
-
-def compare(args: argparse.Namespace) -> dict[int, dict[str, dict[str, Any]]]:
-    """The figures of every system at every length."""
+    found = {"machine": machine(), "model": MODEL, "ranks": RANKS, "rows": ROWS, "lengths": {}}
     with tempfile.TemporaryDirectory(prefix="seqloom-side-") as name:
         folder = Path(name)
         prepare(folder, args.lengths)
         hardware = args.hardware or str(folder / "machine.json")
         if args.hardware is None:
             torchrun(RANKS, "-m", "seqloom", "profile", "--device", "cpu", "--name", "measured", "--output", hardware)
-        plans = {length: compiled(folder, length, hardware) for length in args.lengths}
-        jobs: dict[tuple[int, str], list[dict[str, Any]]] = {}
         for length in args.lengths:
-            for turn in range(args.rounds * len(SYSTEMS)):
-                system, steps = SYSTEMS[turn % len(SYSTEMS)], str(args.steps or STEPS.get(length, 4))
-                words = ["--system", system, "--folder", folder, "--lengths", str(length), "--steps", steps]
-                torchrun(RANKS, __file__, *words)
-                jobs.setdefault((length, system), []).append(json.loads((folder / "job.json").read_text(encoding="utf-8")))
-        return {length: {s: {**figures(jobs[length, s], length), **plans[length].get(s, {})} for s in SYSTEMS} for length in args.lengths}
+            found["lengths"][length] = compare(folder, length, hardware, args.steps or STEPS.get(length, 4), args.rounds)
+            if args.write:
+                keep("side_by_side", found)
+
+
+def compare(folder: Path, length: int, hardware: str, steps: int, rounds: int) -> dict[str, dict[str, Any]]:
+    """The figures of every system at a length, told line by line."""
+    plan = compiled(folder, length, hardware)
+    jobs: dict[str, list[dict[str, Any]]] = {system: [] for system in SYSTEMS}
+    for turn in range(rounds * len(SYSTEMS)):
+        system = SYSTEMS[turn % len(SYSTEMS)]
+        torchrun(RANKS, __file__, "--system", system, "--folder", folder, "--lengths", str(length), "--steps", str(steps))
+        jobs[system].append(json.loads((folder / "job.json").read_text(encoding="utf-8")))
+    found = {system: figures(jobs[system], length) for system in SYSTEMS}
+    found["seqloom"].update(plan)
+    print(f"{length:,} tokens, {ROWS} rows; seqloom: {plan['plan']}")
+    for system, own in found.items():
+        print(line(system, own, found["fsdp2"]), flush=True)
+    return found
 
 
 def prepare(folder: Path, lengths: list[int]) -> None:
@@ -92,7 +94,7 @@ def prepare(folder: Path, lengths: list[int]) -> None:
     LlamaForCausalLM(LlamaConfig(**MODEL, max_position_embeddings=max(lengths))).save_pretrained(folder / "model")
 
 
-def compiled(folder: Path, length: int, hardware: str) -> dict[str, dict[str, Any]]:
+def compiled(folder: Path, length: int, hardware: str) -> dict[str, Any]:
     """Compile the best plan for a length; says what it is and the step time it predicts."""
     from seqloom.emit.pipeline import compile_program
     from seqloom.emit.request import CompileRequest
@@ -102,7 +104,8 @@ def compiled(folder: Path, length: int, hardware: str) -> dict[str, dict[str, An
         model_id=str(folder / "model"), seq_len=length, hardware=hardware, output_folder=folder, name=f"p{length}", **sizes
     )
     plan = compile_program(request).plan
-    return {"seqloom": {"plan": f"{plan['mesh']}, ZeRO {plan['zero']}", "predicted_s": plan["step_time_s"]}}
+    axes = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
+    return {"plan": f"{axes}, ZeRO {plan['zero']}", "predicted_s": plan["step_time_s"]}
 
 
 def run(system: str, folder: Path, length: int, steps: int) -> None:
@@ -165,7 +168,7 @@ def figures(jobs: list[dict[str, Any]], length: int) -> dict[str, Any]:
         "step_s": seconds,
         "tokens_per_s": ROWS * length / seconds,
         "waited_s": statistics.median(step["waited"] for step in counted),
-        "quiet_step_s": statistics.median(step["seconds"] - step["waited"] for step in counted),
+        "worked_s": statistics.median(step["worked"] for step in counted),
         "peak_mib": max(job["peak_mib"] for job in jobs),
         "grown_mib": max(job["grown_mib"] for job in jobs),
         "loss": jobs[0]["steps"][-1]["loss"],
@@ -176,10 +179,9 @@ def figures(jobs: list[dict[str, Any]], length: int) -> dict[str, Any]:
 def line(name: str, own: Mapping[str, Any], hand: Mapping[str, Any]) -> str:
     """A system's figures beside those of the loop by hand."""
     ratio, memory = own["tokens_per_s"] / hand["tokens_per_s"], own["peak_mib"] / hand["peak_mib"]
-    return (
-        f"  {name:<8} {own['tokens_per_s']:>8,.0f} tokens/s  {ratio:.2f} x fsdp2  step {own['step_s']:.3f} s (waited {own['waited_s']:.3f})"
-        f"  peak {own['peak_mib']:,.0f} MiB  {memory:.2f} x  grown {own['grown_mib']:,.0f} MiB  loss {own['loss']:.6f}"
-    )
+    times = f"step {own['step_s']:.3f} s (waited {own['waited_s']:.3f}, worked {own['worked_s']:.3f})"
+    space = f"peak {own['peak_mib']:,.0f} MiB  {memory:.2f} x  grown {own['grown_mib']:,.0f} MiB"
+    return f"  {name:<8} {own['tokens_per_s']:>8,.0f} tokens/s  {ratio:.2f} x fsdp2  {times}  {space}  loss {own['loss']:.6f}"
 
 
 if __name__ == "__main__":

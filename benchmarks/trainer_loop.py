@@ -24,7 +24,7 @@ from typing import Any
 from unittest import mock
 
 from jobs import keep, machine, text_and_model, torchrun
-from reference_loops import Stopwatch
+from reference_loops import Lap, Stopwatch
 
 from seqloom.runtime.step import prepare as prepare_rows
 
@@ -50,9 +50,9 @@ def main() -> None:
         blocks = json.loads((folder / "blocks.json").read_text(encoding="utf-8"))
     found = compare(blocks)
     print(f"trainer's loop  {found['loop_tokens_per_s']:,.0f} tokens/s    bare step  {found['bare_tokens_per_s']:,.0f} tokens/s")
-    print(
-        f"ratio           {found['ratio']:.3f}  (quartiles {found['quartiles'][0]:.3f} and {found['quartiles'][1]:.3f}, {found['pairs']} pairs)"
-    )
+    low, high = found["quartiles"]
+    print(f"ratio           {found['ratio']:.3f}  (quartiles {low:.3f} and {high:.3f} of {found['pairs']} pairs)")
+    print(f"work            {found['work_ratio']:.3f}  the same ratio in processor seconds of the process, which other work hardly changes")
     print(f"waited          {found['waited_share']:.1%} of the time for a core that other work had")
     if args.write:
         keep("trainer_loop", {"machine": before, "ranks": RANKS, "seq_len": SEQ_LEN, "hidden_size": args.hidden_size, **found})
@@ -97,13 +97,13 @@ def train(folder: Path, pairs: int) -> None:
 
 
 class Interleaved:
-    """Stands in for the run's step; every so often it does bare steps first. `blocks`: (seconds, seconds waited) of loop and bare step."""
+    """Stands in for the run's step; every so often it does bare steps first. `blocks`: (seconds, waited, worked) of loop and bare step."""
 
     def __init__(self, run: Any) -> None:
         loader = copy.copy(run.loader)
         self._step, self._calls, self._watch = run.train_step, 0, Stopwatch()
         self._prepared = [prepare_rows(run.program, run.mesh, loader.next_step()) for _ in range(BLOCK)]
-        self.blocks: list[tuple[tuple[float, float], tuple[float, float]]] = []
+        self.blocks: list[tuple[Lap, Lap]] = []
 
     def __call__(self, micro_batches: Sequence[Any]) -> Any:
         """One step of the loop."""
@@ -125,7 +125,7 @@ def compare(blocks: Sequence[Sequence[Sequence[float]]]) -> dict[str, Any]:
     """Medians over the less disturbed half of the pairs."""
 
     def waited_share(pair: Sequence[Sequence[float]]) -> float:
-        return sum(waited for _, waited in pair) / sum(seconds for seconds, _ in pair)
+        return sum(lap[1] for lap in pair) / sum(lap[0] for lap in pair)
 
     counted = sorted(blocks, key=waited_share)[: (len(blocks) + 1) // 2]
     ratios = sorted(bare[0] / loop[0] for loop, bare in counted)
@@ -133,6 +133,7 @@ def compare(blocks: Sequence[Sequence[Sequence[float]]]) -> dict[str, Any]:
     quarter = len(ratios) // 4
     return {
         "ratio": statistics.median(ratios),
+        "work_ratio": statistics.median(bare[2] / loop[2] for loop, bare in blocks),
         "quartiles": [ratios[quarter], ratios[-1 - quarter]],
         "loop_tokens_per_s": BLOCK * SEQ_LEN / loop,
         "bare_tokens_per_s": BLOCK * SEQ_LEN / bare,

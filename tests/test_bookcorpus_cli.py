@@ -180,6 +180,42 @@ def test_bad_output_is_found_before_the_work(monkeypatch, tmp_path):
         prepare("stdlib", "train:300", str(tmp_path / "file" / "set"), 16)
 
 
+def test_a_look_at_what_is_there(monkeypatch, text, tmp_path, capsys):
+    flags = flags_of(data_path_or_name=text, tokenizer_path_or_name="train:300", save_path=tmp_path / "set", sequence_length=64)
+    assert call(monkeypatch, *flags) == 0
+    capsys.readouterr()
+    for inspect, rows in ((("--inspect",), 3), (("--inspect", 1), 1), (("--inspect=2",), 2)):
+        assert call(monkeypatch, "--save_path", tmp_path / "set", *inspect) == 0
+        said = capsys.readouterr().out
+        assert said.count("\nrow ") == rows and "labels that count" in said
+    assert call(monkeypatch, "--inspect", "--save_path", tmp_path / "set") == 0
+    assert call(monkeypatch, "--inspect", "--save_path", tmp_path / "gone") == 2
+    assert "error: there is no data set" in capsys.readouterr().err
+
+
+def test_a_blend_is_described(monkeypatch, text, tmp_path, capsys):
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"body": f"{i} others say more about it\n"}) + "\n" for i in range(50)))
+    flags = [
+        "--data_path_or_name",
+        text,
+        other,
+        "--text_column",
+        "text",
+        "body",
+        "--weights",
+        3,
+        1,
+        "--tokenizer_path_or_name",
+        "train:300",
+    ]
+    assert call(monkeypatch, *flags, "--save_path", tmp_path / "set", "--sequence_length", 32) == 0
+    said = capsys.readouterr().out
+    assert f"% from {text}: 50 documents" in said and "documents left unused" in said
+    assert call(monkeypatch, *flags, "--weights", 1, 1, 1, "--save_path", tmp_path / "x", "--sequence_length", 32) == 2
+    assert "--weights has 3 numbers for 2 corpora" in capsys.readouterr().err
+
+
 def test_help_and_missing_flags_are_quick_and_need_no_torch():
     code = f"import sys, runpy; sys.argv = ['bookcorpus.py', '--help']\ntry: runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
     code += "finally: print([m for m in ('torch', 'datasets', 'transformers') if m in sys.modules])"

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from seqloom.data.build import build
 from seqloom.data.corpora import Corpus
 from seqloom.data.loader import Loader, open_dataset
-from seqloom.data.metadata import Metadata, read_metadata, write_metadata
-from seqloom.data.packing import DEFAULT_PACK, IGNORED
+from seqloom.data.metadata import DEFAULT_PACK, Metadata, read_metadata, write_metadata
+from seqloom.data.packing import IGNORED
 from seqloom.data.prepare import prepare
 from seqloom.data.settings import Settings
 from seqloom.data.tokenizer import train_tokenizer

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from seqloom.data.build import build
 from seqloom.data.corpora import Corpus
-from seqloom.data.encode import text_encoder
+from seqloom.data.encode import TextEncoder
 from seqloom.data.folders import staged_folder
 from seqloom.data.metadata import Metadata, read_metadata, write_metadata
 from seqloom.data.packing import IGNORED, pack_stream
@@ -202,7 +202,7 @@ def test_lengths_are_positive(corpus, tokenizer, tmp_path, length):
 
 
 def test_tokenize_appends_the_end_of_text(corpus, tokenizer, tmp_path):
-    store = tokenize(corpus, text_encoder(tokenizer), tmp_path)
+    store = tokenize(corpus, TextEncoder(tokenizer), tmp_path)
     assert store.lengths[5] == store.lengths[6] == 0
     full = np.flatnonzero(store.lengths)
     assert all(store.read(full[i : i + 1])[-1] == tokenizer.eos_token_id for i in range(len(full)))

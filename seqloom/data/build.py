@@ -22,7 +22,7 @@ from seqloom.data.blend import Order, blend
 from seqloom.data.chat import ASSISTANT, ChatEncoder
 from seqloom.data.corpora import Corpus
 from seqloom.data.documents import typical_row
-from seqloom.data.encode import Encoder, text_encoder
+from seqloom.data.encode import Encoder, TextEncoder, keep_whole
 from seqloom.data.folders import remove_abandoned, staged_folder
 from seqloom.data.metadata import DOCUMENTS, FILE, TOKENIZER_FOLDER, VALIDATION_FOLDER, Metadata, Part, read_metadata, write_metadata
 from seqloom.data.packing import pack_documents, pack_stream
@@ -107,10 +107,11 @@ def _tokenize(
     corpora: Sequence[Corpus], tokenizer: PreTrainedTokenizerBase, wanted: Metadata, pieces: Path, settings: Settings
 ) -> list[TokenStore]:
     """The tokens of every corpus, each in a folder named after all that decides what they are."""
+    keep_whole(tokenizer)
     stores = []
     for corpus in corpora:
         chats = (wanted.chat_labels, wanted.chat_template) if corpus.chat else ()
-        encoder: Encoder = ChatEncoder(tokenizer, settings.chat_labels, corpus.name) if corpus.chat else text_encoder(tokenizer)
+        encoder: Encoder = ChatEncoder(tokenizer, settings.chat_labels, corpus.name) if corpus.chat else TextEncoder(tokenizer)
         threaded = tokenizer.is_fast and not corpus.chat  # all cores are used from one process
         num_proc = settings.num_proc or (1 if threaded else len(os.sched_getaffinity(0)))
         folder = pieces / _digest([wanted.tokenizer_digest, corpus.digest, *chats])[:16]

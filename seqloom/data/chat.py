@@ -83,6 +83,11 @@ class ChatEncoder:
             return []
         if self.labels == "all":
             return [np.array(ids, np.int32) for ids in self._apply(chats, tokenize=True)["input_ids"]]
+        if not self.tokenizer.is_fast:
+            raise UserError(
+                f"the tokenizer is one written in Python, which cannot tell where in a chat of {self.name} its tokens lie: give a fast "
+                f"tokenizer, or --chat_labels all"
+            )
         if GENERATION.search(self.tokenizer.get_chat_template()):
             found = self._apply(chats, tokenize=True, return_assistant_tokens_mask=True)
             return [_masked(*both) for both in zip(found["input_ids"], found["assistant_masks"], strict=True)]

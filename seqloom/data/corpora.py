@@ -190,10 +190,8 @@ def _one_column(corpus: Dataset, name: str, column: str, flag: str) -> Dataset:
     """The corpus with one of its columns only."""
     if column not in corpus.column_names:
         near = difflib.get_close_matches(column, corpus.column_names, n=1)
-        hint = f"did you mean {near[0]}? Give" if near else "give"
-        raise UserError(
-            f"{name} has no column `{column}` but {', '.join(corpus.column_names)}: {hint} the one of the documents as --{flag}"
-        )
+        advice = f"did you mean --{flag} {near[0]}?" if near else f"name the one that holds the documents as --{flag}"
+        raise UserError(f"{name} has no column `{column}` but {', '.join(corpus.column_names)}: {advice}")
     if len(corpus) == 0:
         raise UserError(f"{name} has no documents: give a corpus with text in it")
     return corpus.select_columns([column])

@@ -36,9 +36,8 @@ class TextEncoder:
         return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def text_encoder(tokenizer: PreTrainedTokenizerBase) -> TextEncoder:
-    """The encoder of a tokenizer, whose own truncation and padding it turns off: no token is lost or put in."""
+def keep_whole(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Turn off a tokenizer's own truncation and padding, before threads share it: no token is lost or put in."""
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
-    return TextEncoder(tokenizer)

@@ -134,6 +134,6 @@ def _marked(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, counts: np.ndar
     changes = np.flatnonzero(np.diff(counts)) + 1
     text = ""
     for part, counted in zip(np.split(ids, changes), np.split(counts, changes), strict=True):
-        piece = tokenizer.decode(part)
+        piece = tokenizer.decode(part, clean_up_tokenization_spaces=False)
         text += piece if counted[0] else marks[0] + piece + marks[1]
     return text

@@ -16,6 +16,7 @@ VALIDATION_FOLDER = "validation"
 FORMAT_VERSION = 1
 STREAM, DOCUMENTS = "stream", "documents"
 Pack = Literal["stream", "documents"]
+DEFAULT_PACK: Pack = "documents"
 ChatLabels = Literal["assistant", "all"]
 
 

@@ -20,10 +20,8 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from seqloom.data.documents import Borders, find_borders
-from seqloom.data.metadata import Pack
 
 IGNORED = -100
-DEFAULT_PACK: Pack = "documents"
 
 
 def pack_stream(stream: Iterable[np.ndarray], seq_len: int, pad_id: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

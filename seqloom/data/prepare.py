@@ -10,8 +10,7 @@ from seqloom.data.build import build
 from seqloom.data.chat import set_chat_template
 from seqloom.data.corpora import TEXT, Corpus, load_corpus
 from seqloom.data.folders import check_target
-from seqloom.data.metadata import FILE, ChatLabels, Metadata, Pack
-from seqloom.data.packing import DEFAULT_PACK
+from seqloom.data.metadata import DEFAULT_PACK, FILE, ChatLabels, Metadata, Pack
 from seqloom.data.settings import Settings
 from seqloom.data.tokenizer import TRAIN, load_tokenizer, training_vocab
 from seqloom.errors import UserError

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from seqloom.data.blend import check_weights
-from seqloom.data.metadata import ChatLabels, Pack
-from seqloom.data.packing import DEFAULT_PACK
+from seqloom.data.metadata import DEFAULT_PACK, ChatLabels, Pack
 from seqloom.data.split import check_share
 from seqloom.errors import UserError
 

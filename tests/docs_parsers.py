@@ -1,0 +1,138 @@
+"""The parsers of the programs that the documentation calls, for commands that a test cannot run: those that need GPUs or a network.
+
+`check(statement)` takes a line of shell apart, finds the program in it and gives its words to the program's own parser. What a program
+refuses is an error; so is a program that is not known here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import re
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+
+import tyro
+from docs_pages import ROOT
+
+sys.path.insert(0, str(ROOT))
+
+import bookcorpus  # noqa: E402
+import ckpt_merger  # noqa: E402
+import create_mini_model  # noqa: E402
+from seqloom import arguments  # noqa: E402
+from seqloom.trainer.config import CompileConfig, TrainConfig, parse  # noqa: E402
+
+SHELL = {"export", "set", "cd", "mkdir", "echo", "trap", "exit", "sbatch", "scancel", "scp", "rsync", "module", "source", "wait", "ls"}
+"""Words of the shell and tools of a cluster, which are not ours to check."""
+COMMANDS = {
+    "compile": CompileConfig,
+    "explain": arguments.ExplainArguments,
+    "sweep": arguments.SweepArguments,
+    "dryrun": arguments.DryRunArguments,
+    "rehearse": arguments.RehearseArguments,
+    "report": arguments.ReportArguments,
+    "generate": arguments.GenerateArguments,
+    "verify": arguments.VerifyArguments,
+    "check-op": arguments.CheckOpArguments,
+    "magi": arguments.MagiArguments,
+    "profile": arguments.ProfileArguments,
+}
+
+
+def _tyro(cls: type) -> Callable[[list[str]], object]:
+    return lambda words: tyro.cli(cls, args=words, use_underscores=True)
+
+
+def _seqloom(words: list[str]) -> object:
+    if words[0] == "checkpoint":
+        cls = arguments.DiffArguments if words[1] == "diff" else arguments.FolderArguments
+        return parse(cls, "checkpoint", words[2:])
+    return parse(COMMANDS[words[0]], words[0], words[1:])
+
+
+def _example(name: str) -> Callable[[list[str]], object]:
+    def read(words: list[str]) -> object:
+        import importlib.util
+
+        spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "examples" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        return tyro.cli(module.Arguments, args=words, use_underscores=True)
+
+    return read
+
+
+PROGRAMS: dict[str, Callable[[list[str]], object]] = {
+    "train.py": lambda words: parse(TrainConfig, "train.py", words),
+    "bookcorpus.py": lambda words: _tyro(bookcorpus.Arguments)(bookcorpus._with_rows(words)),
+    "create_mini_model.py": _tyro(create_mini_model.Arguments),
+    "ckpt_merger.py": _tyro(ckpt_merger.MergerConfig),
+    "examples/fsdp2_magi.py": _example("fsdp2_magi"),
+    "examples/trainer_magi.py": _example("trainer_magi"),
+}
+
+
+def check(statement: str) -> None:
+    """Parse one command. Raises `AssertionError` with what its program says."""
+    for part in re.split(r"\n|&&|\|\||\||;|(?<!&)&$", _without_substitutions(statement.replace("\\\n", " "))):
+        words = [word for word in shlex.split(part, comments=True) if word not in ("&", "then", "do", "done", "fi", "{", "}")]
+        words = _program(words)
+        if words:
+            _check_words(words, statement)
+
+
+def _without_substitutions(text: str) -> str:
+    """Variables and `$(...)` stand for the number 1; redirections go."""
+    text = re.sub(r"\$\([^()]*(\([^()]*\))*[^()]*\)", "1", text)
+    text = re.sub(r"\$\{?\w+(:[^}]*)?\}?", "1", text)
+    return re.sub(r"\d?>+&?\s*\S+", "", text)
+
+
+def _program(words: list[str]) -> list[str]:
+    """The words from the program on: without assignments, `exec`, and srun with its flags."""
+    while words and (re.fullmatch(r"\w+=.*", words[0]) or words[0] in ("exec", "nohup", "if", "!")):
+        words = words[1:]
+    if words and words[0] == "srun":
+        inner = next((i for i, word in enumerate(words) if word in ("torchrun", "python")), None)
+        return words[inner:] if inner is not None else []
+    return words
+
+
+def _check_words(words: Sequence[str], statement: str) -> None:
+    name, rest = words[0], list(words[1:])
+    if name in SHELL:
+        return
+    if name == "torchrun":
+        rest = _torchrun(rest, statement)
+    elif name != "python":
+        raise AssertionError(f"no parser for `{name}` in\n{statement}")
+    if rest[:2] == ["-m", "seqloom"]:
+        _parses(_seqloom, rest[2:], statement)
+    elif rest[0] in PROGRAMS:
+        _parses(PROGRAMS[rest[0]], rest[1:], statement)
+    else:
+        raise AssertionError(f"no parser for `{rest[0]}` in\n{statement}")
+
+
+def _torchrun(words: list[str], statement: str) -> list[str]:
+    """What torchrun would start."""
+    from torch.distributed.run import get_args_parser
+
+    found = _parses(get_args_parser().parse_args, words, statement)
+    assert isinstance(found, argparse.Namespace)
+    return [*(["-m"] if found.module else []), found.training_script, *found.training_script_args]
+
+
+def _parses(read: Callable[[list[str]], object], words: list[str], statement: str) -> object:
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            return read(words)
+    except SystemExit as end:
+        raise AssertionError(f"exit code {end.code} of the parser for\n{statement}\n{said.getvalue()}") from None
+    except Exception as error:
+        raise AssertionError(f"{error} in\n{statement}") from error

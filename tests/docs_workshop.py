@@ -1,0 +1,100 @@
+"""The folder in which the commands of the documentation run, in order, as somebody would who reads the pages one after the other.
+
+A command that stands on several pages, word for word, runs once. Blocks that name a file are written to it when their turn comes. A page
+finds what the tutorial and its own earlier blocks left behind, whichever test is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+from docs_pages import ROOT, Block, blocks, pages, statements
+from docs_warm_python import WarmPython
+
+LINKED = ("train.py", "bookcorpus.py", "create_mini_model.py", "ckpt_merger.py", "chunk_linear_cross_entropy.py", "README.md", "Makefile")
+LINKED_FOLDERS = ("seqloom", "custom_ops", "configs", "examples", "benchmarks", "tests", "docs")
+STANDS_ALONE = "tutorial.md"  # whose data set and model the other pages use
+SECONDS = 600
+NOT_RUN = {  # beginnings of commands -> why no test runs them
+    "git clone ": "fetches the repository",
+    "cd seqloom": "enters what was cloned",
+    "make env": "makes the environment that the tests run in",
+    "make demo": "takes minutes; its script is examples/demo.sh, whose output the README shows",
+    "make test": "is what runs this test",
+    "pip install ": "fetches packages",
+    "apt-get install ": "fetches packages",
+    "less ": "waits for a key",
+    "tensorboard ": "serves until it is stopped",
+    "python tests/plan_page_images.py ": "needs a browser; tests/test_plan_html_browser.py",
+    "python tests/run_page_images.py ": "needs a browser; tests/test_run_report_browser.py",
+}
+
+
+def not_run(statement: str) -> bool:
+    """Whether a command is of those that no test runs."""
+    return statement.startswith(tuple(NOT_RUN))
+
+
+class Workshop:
+    """The folder, the shell, and the output of every block that has run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "work"
+        self.folder.mkdir(parents=True)
+        for name in (*LINKED, *LINKED_FOLDERS):
+            (self.folder / name).symlink_to(ROOT / name)
+        self._python = WarmPython(folder / "warm")
+        self._outputs: dict[str, str] = {}
+        self._done: dict[Block, str] = {}
+
+    def close(self) -> None:
+        """End the server of Python processes."""
+        self._python.close()
+
+    def reach(self, block: Block) -> str:
+        """Do a block and all that it builds on; the output of its commands. Raises `AssertionError` where a command fails."""
+        page = next(page for page in pages() if page.name == block.page)
+        before = [] if page.name == STANDS_ALONE else blocks(ROOT / "docs" / STANDS_ALONE)
+        for each in (*before, *blocks(page)):
+            if each not in self._done:
+                self._done[each] = self._do(each)
+            if each == block:
+                break
+        return self._done[block]
+
+    def _do(self, block: Block) -> str:
+        if block.file is not None:
+            (self.folder / block.file).write_text(block.text)
+            return ""
+        if block.words != ("bash",):
+            return ""
+        return "".join(self._run(statement, block) for statement in statements(block.text) if not not_run(statement))
+
+    def _run(self, statement: str, block: Block) -> str:
+        if statement not in self._outputs:
+            environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+            environment["PATH"] = f"{self._python.bin}:{environment['PATH']}"
+            command = ["bash", "-e", "-o", "pipefail", "-c", statement]
+            streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+            done = subprocess.run(command, cwd=self.folder, env=environment, text=True, timeout=SECONDS, errors="replace", **streams)
+            assert done.returncode == 0, f"{block.name}: exit code {done.returncode} of\n{statement}\n{done.stdout[-3000:]}"
+            self._outputs[statement] = done.stdout
+        return self._outputs[statement]
+
+
+def first_missing(shown: str, printed: str) -> str | None:
+    """The first line of `shown` that `printed` lacks, in order; None where all are there. `...` stands for anything, spaces for spaces."""
+    lines = [" ".join(line.split()) for line in printed.splitlines()]
+    position = 0
+    for line in filter(None, (" ".join(line.split()) for line in shown.splitlines())):
+        pattern = re.compile(".*".join(map(re.escape, line.split("..."))))
+        if line == "...":
+            continue
+        found = next((i for i in range(position, len(lines)) if pattern.fullmatch(lines[i])), None)
+        if found is None:
+            return line
+        position = found + 1
+    return None
