@@ -13,6 +13,7 @@ import textwrap
 import typing
 
 import docs_parsers
+
 from seqloom.trainer import config
 
 TABLE = re.compile(r"(?<=<!-- flags )([^\n]+)( -->\n).*?(?=<!-- end -->)", re.DOTALL)

@@ -19,11 +19,11 @@ from docs_pages import ROOT
 
 sys.path.insert(0, str(ROOT))
 
-import bookcorpus  # noqa: E402
-import ckpt_merger  # noqa: E402
-import create_mini_model  # noqa: E402
-from seqloom import arguments  # noqa: E402
-from seqloom.trainer.config import CompileConfig, TrainConfig, parse  # noqa: E402
+import bookcorpus
+import ckpt_merger
+import create_mini_model
+from seqloom import arguments
+from seqloom.trainer.config import CompileConfig, TrainConfig, parse
 
 SHELL = {"export", "set", "cd", "mkdir", "echo", "trap", "exit", "sbatch", "scancel", "scp", "rsync", "module", "source", "wait", "ls"}
 """Words of the shell and tools of a cluster, which are not ours to check."""

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from docs_flags import TABLE, TABLES, fill
 from docs_pages import ROOT, blocks
+
 from seqloom.cli import CHECKPOINT_COMMANDS, COMMANDS
 from seqloom.trainer import settings_file
 from seqloom.trainer.config import TrainConfig, parse
