@@ -24,7 +24,7 @@ demo: env
 	PATH="$(BIN):$$PATH" bash examples/demo.sh
 
 test: env
-	PATH="$(BIN):$$PATH" python -m pytest -n 3 --dist loadfile
+	PATH="$(BIN):$$PATH" python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: env
 	$(BIN)/ruff check .

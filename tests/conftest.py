@@ -1,0 +1,28 @@
+"""The order of the test files: those that take longest come first, so that no worker is left alone with one of them in the end."""
+
+from __future__ import annotations
+
+HEAVY = (
+    "test_parity_chosen.py",
+    "test_trainer_faults.py",
+    "test_parity_matrix.py",
+    "test_train_entry.py",
+    "test_docs_commands.py",
+    "test_plan_problem.py",
+    "test_plan_sense.py",
+    "test_context_parallel.py",
+    "test_magi_attention.py",
+    "test_plan_solver.py",
+    "test_parity_training.py",
+    "test_capture.py",
+    "test_pipeline.py",
+    "test_trainer_loop.py",
+    "test_checkpoint_reshard.py",
+    "test_determinism.py",
+)
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    """Heavy files first, the others as they are."""
+    places = {name: place for place, name in enumerate(HEAVY)}
+    items.sort(key=lambda item: places.get(item.path.name, len(HEAVY)))
