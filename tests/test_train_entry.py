@@ -64,10 +64,13 @@ def test_compile_then_train_then_resume_then_merge(alone):
     assert trained.returncode == 0, trained.stderr
     assert program.stat().st_mtime_ns == written, "a valid program is not compiled again"
     lines = trained.stdout.splitlines()
-    assert [line.split()[0] for line in lines[:8]] == ["model", "data", "step", "run", "ranks", "plan", "predicted", "files"]
-    assert [line for line in lines if re.match(r"step \d/3  loss \d", line)] == lines[8:11]
-    assert lines[11] == f"saved {alone}/checkpoints/two/step-3"
-    assert f"checkpoints in {alone}/checkpoints/two" in lines[-2]
+    table = ["model", "data", "step", "run", "ranks", "plan", "predicted", "settings", "program", "checkpoints", "report", "stop"]
+    assert [line.split()[0] for line in lines[: len(table)]] == table
+    said = [line for line in lines[len(table) :] if not line.startswith("note: ")]
+    assert [line for line in lines if re.match(r"step \d/3  loss \d", line)] == said[:3]
+    assert said[3] == f"saved {alone}/checkpoints/two/step-3"
+    assert f"checkpoints in {alone}/checkpoints/two" in lines[-3]
+    assert lines[-2] == f"report     {alone}/runs/two/report.html"
 
     resumed = torchrun(2, *both, "--max_train_steps", "5", "--resume_path", "last", folder=alone)
     assert resumed.returncode == 0, resumed.stderr
@@ -86,8 +89,6 @@ def test_compile_then_train_then_resume_then_merge(alone):
         "data",
         "--final",
         "runs/two/final.json",
-        "--new_tokens",
-        "0",
     ]
     checked = run(sys.executable, *check, folder=alone)
     assert checked.returncode == 0, checked.stderr
