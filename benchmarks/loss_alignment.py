@@ -121,7 +121,7 @@ def run_loop(loop: str, folder: Path, steps: int) -> None:
     import os
 
     import torch.distributed as dist
-    from reference_loops import Recipe, joined, train_fsdp2, train_trainer
+    from reference_loops import Recipe, fsdp2_steps, joined, train_trainer
 
     from seqloom.data.loader import Loader, open_dataset
 
@@ -129,7 +129,7 @@ def run_loop(loop: str, folder: Path, steps: int) -> None:
     loader = Loader(open_dataset(folder / "data"), SEED, ROWS, dp_rank=0, dp_size=1, micro_batch_size=ROWS, accumulation=1)
     rows = [{name: x for name, x in loader.next_step()[0].items() if name != "cu_seqlens"} for _ in range(steps)]
     recipe = Recipe(folder / "model", steps, LR, "linear", WARMUP)
-    timed = train_fsdp2(recipe, rows.__getitem__) if loop == "fsdp2" else train_trainer(recipe, joined(rows))
+    timed = list(fsdp2_steps(recipe, rows.__getitem__)) if loop == "fsdp2" else train_trainer(recipe, joined(rows))
     if dist.get_rank() == 0:
         (folder / "losses.json").write_text(json.dumps([step.loss for step in timed]), encoding="utf-8")
     dist.barrier()
@@ -148,12 +148,12 @@ def plot(curves: Mapping[str, list[float]], path: Path) -> None:
         one, steps = name == ONE, range(1, len(curve) + 1)
         (drawn,) = above.plot(steps, curve, label=name, linewidth=4 if one else 1, alpha=0.4 if one else 1)
         if not one:
-            far = [max(abs(a - b), 1e-9) for a, b in zip(curve, curves[ONE], strict=True)]
+            far = [max(abs(a - b), 1e-8) for a, b in zip(curve, curves[ONE], strict=True)]
             below.semilogy(steps, far, label=name, linewidth=1, color=drawn.get_color())
     above.set(ylabel="loss, nats a token", title="One Llama, split in every way: the Python standard library, packed by documents, fp32")
     below.set(xlabel="step", ylabel="distance from one rank")
     below.axhline(LIMIT, color="gray", linestyle=":")
-    above.legend()
+    above.legend(fontsize="small")
     figure.savefig(path, bbox_inches="tight")
 
 

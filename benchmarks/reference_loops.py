@@ -1,15 +1,16 @@
 """The loops that seqloom is compared with: FSDP2 by hand, and the Trainer of transformers with FSDP2.
 
 Role: a benchmark calls one of them on every rank of a job of data parallel processes. In: a `Recipe` and the rows of every step. Out: a
-`Timed` for every step. Both train the same Hugging Face folder in fp32 with PyTorch's attention (which takes documents from positions that
-start again), cross-entropy over all logits, clipping, and fused AdamW; each layer is a group of FSDP2.
+`Timed` for every step; the steps of several systems can take turns in one process. Both train the same Hugging Face folder in fp32 with
+PyTorch's attention (which takes documents from positions that start again), cross-entropy over all logits, clipping, and fused AdamW; each
+layer is a group of FSDP2.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -79,15 +80,15 @@ class Stopwatch:
         return time.perf_counter(), waited_seconds(), time.process_time()
 
 
-def train_fsdp2(recipe: Recipe, rows_of_step: Callable[[int], Rows]) -> list[Timed]:
-    """The loop by hand. `rows_of_step(step)` gives the rows of all ranks; each takes its share."""
+def fsdp2_steps(recipe: Recipe, rows_of_step: Callable[[int], Rows]) -> Iterator[Timed]:
+    """The loop by hand, a step each time it is asked. `rows_of_step(step)` gives the rows of all ranks; each takes its share."""
     model = recipe.model()
     for module in (*model.model.layers, model):
         fully_shard(module)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=recipe.betas, weight_decay=0.0, fused=True)
     schedule = LambdaLR(optimizer, recipe.rate)
-    timed, watch = [], Stopwatch()
     for step in range(recipe.steps):
+        watch = Stopwatch()
         rows = {name: x.chunk(dist.get_world_size())[dist.get_rank()] for name, x in rows_of_step(step).items()}
         counted = (rows["labels"] != IGNORED).sum()
         dist.all_reduce(counted)
@@ -101,12 +102,11 @@ def train_fsdp2(recipe: Recipe, rows_of_step: Callable[[int], Rows]) -> list[Tim
         total = loss.detach().clone()
         dist.all_reduce(total)
         del logits, loss
-        timed.append(Timed(total.item(), *watch.lap()))
-    return timed
+        yield Timed(total.item(), *watch.lap())
 
 
-def train_trainer(recipe: Recipe, rows: Rows) -> list[Timed]:
-    """The Trainer; `rows` are those of all steps, in order."""
+def train_trainer(recipe: Recipe, rows: Rows, between: Callable[[], object] = lambda: None) -> list[Timed]:
+    """The Trainer; `rows` are those of all steps, in order. After every step it calls `between`, whose time is not its own."""
     ranks = dist.get_world_size()
     quiet = {"report_to": "none", "disable_tqdm": True, "logging_steps": 1, "save_strategy": "no"}
     adam = {"optim": "adamw_torch_fused", "learning_rate": recipe.lr, "adam_beta1": recipe.betas[0], "adam_beta2": recipe.betas[1]}
@@ -125,7 +125,7 @@ def train_trainer(recipe: Recipe, rows: Rows) -> list[Timed]:
             **quiet,
         )
         _let_accelerate_shard_on_cpu()
-        clock = _Clock()
+        clock = _Clock(between)
         trainer = _Scheduled(recipe, recipe.model(), settings, train_dataset=_Samples(rows), callbacks=[clock])
         trainer.train()
     if not isinstance(trainer.model_wrapped, FSDPModule):
@@ -147,16 +147,19 @@ class _Scheduled(Trainer):
 
 
 class _Clock(TrainerCallback):
-    """The laps of the steps, from the end of one to the end of the next."""
+    """The laps of the steps, from the end of one to the end of the next, less what is done between them."""
 
-    def __init__(self) -> None:
+    def __init__(self, between: Callable[[], object]) -> None:
         self.laps: list[Lap] = []
+        self._between = between
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self._watch = Stopwatch()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.laps.append(self._watch.lap())
+        self._between()
+        self._watch.lap()
 
 
 class _Samples(torch.utils.data.Dataset):
