@@ -25,7 +25,27 @@ import create_mini_model
 from seqloom import arguments
 from seqloom.trainer.config import CompileConfig, TrainConfig, parse
 
-SHELL = {"export", "set", "cd", "mkdir", "echo", "trap", "exit", "sbatch", "scancel", "scp", "rsync", "module", "source", "wait", "ls"}
+SHELL = {
+    "export",
+    "set",
+    "cd",
+    "mkdir",
+    "echo",
+    "trap",
+    "exit",
+    "sbatch",
+    "scancel",
+    "scp",
+    "rsync",
+    "module",
+    "source",
+    "wait",
+    "ls",
+    "test",
+    "kill",
+    "while",
+    "scontrol",
+}
 """Words of the shell and tools of a cluster, which are not ours to check."""
 COMMANDS = {
     "compile": CompileConfig,
@@ -71,6 +91,7 @@ PROGRAMS: dict[str, Callable[[list[str]], object]] = {
     "bookcorpus.py": lambda words: _tyro(bookcorpus.Arguments)(bookcorpus._with_rows(words)),
     "create_mini_model.py": _tyro(create_mini_model.Arguments),
     "ckpt_merger.py": _tyro(ckpt_merger.MergerConfig),
+    "examples/check_merged.py": _example("check_merged"),
     "examples/fsdp2_magi.py": _example("fsdp2_magi"),
     "examples/trainer_magi.py": _example("trainer_magi"),
 }
