@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
 from docs_pages import ROOT, Block, blocks, pages, statements
 from docs_warm_python import WarmPython
 
-LINKED = ("train.py", "bookcorpus.py", "create_mini_model.py", "ckpt_merger.py", "chunk_linear_cross_entropy.py", "README.md", "Makefile")
-LINKED_FOLDERS = ("seqloom", "custom_ops", "configs", "examples", "benchmarks", "tests", "docs")
+COPIED = ("train.py", "bookcorpus.py", "create_mini_model.py", "ckpt_merger.py", "chunk_linear_cross_entropy.py", "README.md", "Makefile")
+LINKED = ("seqloom", "custom_ops", "configs", "examples", "benchmarks", "tests", "docs")
 STANDS_ALONE = "tutorial.md"  # whose data set and model the other pages use
 SECONDS = 600
+ASSIGNS = re.compile(r"\w+=\S*|export \w+=|cd ")
 NOT_RUN = {  # beginnings of commands -> why no test runs them
     "make env": "makes the environment that the tests run in",
     "source .venv/bin/activate": "is active already",
@@ -39,7 +41,9 @@ class Workshop:
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "work"
         self.folder.mkdir(parents=True)
-        for name in (*LINKED, *LINKED_FOLDERS):
+        for name in COPIED:  # so that Python looks for modules here, not where a link leads
+            shutil.copy(ROOT / name, self.folder)
+        for name in LINKED:
             (self.folder / name).symlink_to(ROOT / name)
         self._python = WarmPython(folder / "warm")
         self._outputs: dict[str, str] = {}
@@ -68,7 +72,10 @@ class Workshop:
             return ""
         if block.words != ("bash",):
             return ""
-        return "".join(self._run(statement, block) for statement in statements(block.text) if not not_run(statement))
+        commands = [statement for statement in statements(block.text) if not not_run(statement)]
+        if any(ASSIGNS.match(statement) for statement in commands):  # what follows needs the same shell
+            commands = ["\n".join(commands)]
+        return "".join(self._run(statement, block) for statement in commands)
 
     def _run(self, statement: str, block: Block) -> str:
         command = re.sub(r"\s+#.*", "", statement)

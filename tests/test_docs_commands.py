@@ -23,6 +23,7 @@ KINDS = {
     *((language,) for language in ("bash", "text", "python", "yaml", "toml", "json", "jinja")),
     ("bash", "gpu"),
     ("bash", "hub"),
+    ("bash", "long"),
     ("text", "output"),
     ("text", "sheet"),
     ("python", "fragment"),
@@ -77,7 +78,7 @@ def test_sheets_are_right(page: str, workshop: Workshop):
             check_sheet(block.text, workshop.folder / block.words[2], names)
 
 
-@pytest.mark.parametrize("block", [*chosen("bash", "gpu"), *chosen("bash", "hub")])
+@pytest.mark.parametrize("block", [*chosen("bash", "gpu"), *chosen("bash", "hub"), *chosen("bash", "long")])
 def test_commands_that_are_not_run_are_parsed(block: Block):
     for statement in statements(block.text):
         if not not_run(statement):
