@@ -5,6 +5,7 @@ The word after the fence says what becomes of a block (`tests/test_docs_commands
   bash          run as it is, with two CPU cores and no network, in a folder that the pages share
   bash gpu      needs GPUs: every command is parsed by its program's own parser
   bash hub      needs a network: likewise
+  bash long     takes minutes: likewise
   text          shown, not run; `text output` must be what the command block in front of it prints, where `...` stands for anything
   text sheet F  a calculation, checked line by line, beside the JSON file F (`docs_sheet.py`)
   python        run, the blocks of a page one after the other in one namespace; `python fragment` need only be Python
@@ -80,16 +81,24 @@ def anchors(page: Path) -> set[str]:
 
 
 def statements(script: str) -> list[str]:
-    """The commands of a script, one by one: the fewest lines that bash takes for whole."""
-    found, lines = [], []
+    """The commands of a script, one by one: the fewest lines that bash takes for whole, with the text of a here-document."""
+    found, lines, end = [], [], None
     for line in script.splitlines():
         if not lines and (not line.strip() or line.lstrip().startswith("#")):
             continue
         lines.append(line)
+        if end is not None:
+            end = None if line == end else end
+        elif here := re.search(r"<<-?\s*['\"]?(\w+)", line):
+            end = here[1]
         text = "\n".join(lines)
-        if not line.endswith("\\") and subprocess.run(["bash", "-n", "-c", text], capture_output=True).returncode == 0:
+        if end is None and not line.endswith("\\") and _is_whole(text):
             found.append(text)
             lines = []
     if lines:
         raise ValueError(f"bash does not understand {chr(10).join(lines)!r}")
     return found
+
+
+def _is_whole(text: str) -> bool:
+    return subprocess.run(["bash", "-n", "-c", text], capture_output=True).returncode == 0

@@ -7,12 +7,15 @@ refuses is an error; so is a program that is not known here.
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import io
 import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import tyro
 from docs_pages import ROOT
@@ -25,7 +28,26 @@ import create_mini_model
 from seqloom import arguments
 from seqloom.trainer.config import CompileConfig, TrainConfig, parse
 
-SHELL = {"export", "set", "cd", "mkdir", "echo", "trap", "exit", "sbatch", "scancel", "scp", "rsync", "module", "source", "wait", "ls"}
+SHELL = {
+    "export",
+    "set",
+    "cd",
+    "mkdir",
+    "echo",
+    "trap",
+    "exit",
+    "sbatch",
+    "scancel",
+    "scp",
+    "rsync",
+    "module",
+    "source",
+    "wait",
+    "ls",
+    "test",
+    "kill",
+    "scontrol",
+}
 """Words of the shell and tools of a cluster, which are not ours to check."""
 COMMANDS = {
     "compile": CompileConfig,
@@ -54,14 +76,14 @@ def _seqloom(words: list[str]) -> object:
 
 
 def _example(name: str) -> Callable[[list[str]], object]:
-    def read(words: list[str]) -> object:
-        import importlib.util
+    """The flags of an example: its class `Arguments`, without the imports that the example itself needs."""
 
-        spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "examples" / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-        return tyro.cli(module.Arguments, args=words, use_underscores=True)
+    def read(words: list[str]) -> object:
+        tree = ast.parse((ROOT / "examples" / f"{name}.py").read_text())
+        tree.body = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Arguments"]
+        names = {"dataclass": dataclass, "Path": Path, "__name__": __name__}
+        exec(compile(tree, name, "exec"), names)
+        return tyro.cli(names["Arguments"], args=words, use_underscores=True)
 
     return read
 
@@ -71,30 +93,50 @@ PROGRAMS: dict[str, Callable[[list[str]], object]] = {
     "bookcorpus.py": lambda words: _tyro(bookcorpus.Arguments)(bookcorpus._with_rows(words)),
     "create_mini_model.py": _tyro(create_mini_model.Arguments),
     "ckpt_merger.py": _tyro(ckpt_merger.MergerConfig),
+    "examples/check_merged.py": _example("check_merged"),
     "examples/fsdp2_magi.py": _example("fsdp2_magi"),
     "examples/trainer_magi.py": _example("trainer_magi"),
 }
 
 
 def check(statement: str) -> None:
-    """Parse one command. Raises `AssertionError` with what its program says."""
-    for part in re.split(r"\n|&&|\|\||\||;|(?<!&)&$", _without_substitutions(statement.replace("\\\n", " "))):
-        words = [word for word in shlex.split(part, comments=True) if word not in ("&", "then", "do", "done", "fi", "{", "}")]
-        words = _program(words)
+    """Parse every command of a statement. Raises `AssertionError` with what its program says."""
+    for part in commands(_without_substitutions(statement.replace("\\\n", " "))):
+        words = _program(part)
         if words:
             _check_words(words, statement)
 
 
+def commands(text: str) -> list[list[str]]:
+    """The words of each command of a line of shell, without redirections and without the words that join commands."""
+    found: list[list[str]] = [[]]
+    for line in text.splitlines():
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=";&|<>")
+        lexer.whitespace_split = True
+        target = False  # of a redirection
+        for word in lexer:
+            if set(word) <= set(";&|"):
+                found.append([])
+            elif set(word) <= set("<>&"):
+                found[-1] = found[-1][:-1] if found[-1][-1:] in (["1"], ["2"]) else found[-1]
+                target = True
+            elif target:
+                target = False
+            else:
+                found[-1].append(word)
+        found.append([])
+    return [words for words in found if words]
+
+
 def _without_substitutions(text: str) -> str:
-    """Variables and `$(...)` stand for the number 1; redirections go."""
+    """Variables and `$(...)` stand for the number 1."""
     text = re.sub(r"\$\([^()]*(\([^()]*\))*[^()]*\)", "1", text)
-    text = re.sub(r"\$\{?\w+(:[^}]*)?\}?", "1", text)
-    return re.sub(r"\d?>+&?\s*\S+", "", text)
+    return re.sub(r"\$\{\w+[^}]*\}|\$\w+", "1", text)
 
 
 def _program(words: list[str]) -> list[str]:
     """The words from the program on: without assignments, `exec`, and srun with its flags."""
-    while words and (re.fullmatch(r"\w+=.*", words[0]) or words[0] in ("exec", "nohup", "if", "!")):
+    while words and (re.fullmatch(r"\w+=.*", words[0]) or words[0] in ("exec", "if", "while", "do", "done", "then", "fi", "!")):
         words = words[1:]
     if words and words[0] == "srun":
         inner = next((i for i, word in enumerate(words) if word in ("torchrun", "python")), None)

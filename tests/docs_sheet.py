@@ -37,5 +37,5 @@ def last_digit(number: str) -> float:
 def look_up(document: Any, place: str) -> float:
     """The number at a path of keys."""
     for key in place.split("."):
-        document = document[key] if isinstance(document, dict) else next(entry for entry in document if entry["operator"] == key)
+        document = document[key] if isinstance(document, dict) else next(entry for entry in document if entry.get("operator") == key)
     return document
