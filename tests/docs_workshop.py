@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
 import subprocess
 from pathlib import Path
 
@@ -81,6 +82,7 @@ class Workshop:
         command = re.sub(r"\s+#.*", "", statement)
         if command not in self._outputs:
             environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+            environment["PET_MASTER_PORT"] = str(_free_port())  # torchrun's, which would be the same for every job of this machine
             environment["PATH"] = f"{self._python.bin}:{environment['PATH']}"
             shell = ["bash", "-e", "-o", "pipefail", "-c", statement]
             streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
@@ -90,6 +92,12 @@ class Workshop:
                 raise AssertionError(self._failed[block])
             self._outputs[command] = done.stdout
         return self._outputs[command]
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def first_missing(shown: str, printed: str) -> str | None:
