@@ -391,3 +391,47 @@ def test_the_next_process_needs_no_transformers_and_writes_the_same(tmp_path):
     damaged = compiled(tmp_path, "damaged")
     assert damaged[0][0] and "the cached config" in damaged[2]
     assert damaged[1]["program.py"] == cold[1]["program.py"]
+
+
+# --- the model's code ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_function_that_was_replaced_is_noticed_by_cache_and_fingerprint(store, captures, monkeypatch):
+    """`LlamaMLP.forward = ...` changes the model, though its config and every version are the same."""
+    from transformers.models.llama import modeling_llama
+
+    from seqloom.capture.model_source import model_source_digest
+
+    before = cached_capture(store, model_config(), **ASKED)
+    digest = model_source_digest("llama")
+
+    def forward(self, x):
+        return self.down_proj(self.up_proj(x))
+
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", forward)
+    assert model_source_digest("llama") != digest
+    after = cached_capture(store, model_config(), **ASKED)
+    assert len(captures) == 2
+    assert len(all_operators(after)) < len(all_operators(before)), "the gate is gone"
+    monkeypatch.undo()
+    assert model_source_digest("llama") == digest
+
+
+def all_operators(captured: Captured) -> list[str]:
+    """Every operator of a capture."""
+    return [node.op for graph in (captured.graph, *captured.graph.blocks.values()) for node in graph.nodes]
+
+
+def test_an_edited_file_of_transformers_is_noticed(monkeypatch, tmp_path):
+    from seqloom.capture import model_source
+
+    (tmp_path / "models/made_up").mkdir(parents=True)
+    file = tmp_path / "models/made_up/modeling_made_up.py"
+    digests = []
+    monkeypatch.setattr(model_source, "_package", lambda: tmp_path)
+    for text in ("x = 1", "x = 2", "x = 1"):
+        file.write_text(text)
+        model_source._files_digest.cache_clear()
+        digests.append(model_source.model_source_digest("made-up"))
+    model_source._files_digest.cache_clear()
+    assert digests[0] == digests[2] != digests[1]

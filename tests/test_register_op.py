@@ -296,3 +296,14 @@ def test_flops_and_side_of_a_piece():
     assert matmul_side("aten.mm.default", args, {}, {"m": 4, "k": 2, "n": 3}) is None
     assert local_flops("aten.mm.default", args, {}, {"m": 4, "k": 2, "n": 3}) == 48
     assert local_flops("aten.add.Tensor", args, {}, {"m": 4}) == local_flops("sample_ops:repeated", args[:1], {}, {"b": 4}) == 0
+
+
+def test_modules_of_the_working_directory_are_found(tmp_path, monkeypatch):
+    """Also where Python searches the folder of the script instead, as in `python ../train.py`."""
+    source = "from seqloom.ops import register_op\n\n@register_op('*, * -> *')\ndef twice(x, y):\n    return x + y\n"
+    (tmp_path / "operators_lying_here.py").write_text(source)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(Path.cwd()))])
+    with pytest.raises(UserError, match="there is no module operators_lying_here"):
+        resolve("operators_lying_here:twice")
+    monkeypatch.chdir(tmp_path)
+    assert resolve("operators_lying_here:twice").name == "operators_lying_here:twice"

@@ -1,8 +1,8 @@
 """Config and capture for the next compile: a change of a flag that capture does not depend on costs neither of them again.
 
 In: a model id and what `capture` takes. Out: what `resolve_config` and `capture` give, from the cache where everything that they depend on
-is the same: the model's config, the shapes, the loss, the versions of Python, PyTorch and transformers, and the sources of capture, of the
-operators' rules and of the registered operators. Where the config is known too, transformers (3 s of imports) is not imported.
+is the same: the model's config and code, the shapes, the loss, the versions of Python, PyTorch and transformers, the sources of capture, of
+the operators' rules and of the registered operators. Where the config is known too, transformers (3 s of imports) is not imported.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 from seqloom.capture.architecture import find_config
 from seqloom.capture.cache import Cache
 from seqloom.capture.graph_json import captured_from_json, captured_to_json
+from seqloom.capture.model_source import model_source_digest
 from seqloom.capture.pipeline import Captured, capture
 from seqloom.graph import Graph, GraphError
 from seqloom.ops.registry import resolve
@@ -86,6 +87,7 @@ def cached_capture(
     """
     asked = {"batch_size": batch_size, "seq_len": seq_len, "loss": loss, "loss_chunk": loss_chunk}
     key = {"config": dict(config.fields), **asked, "dtype": str(dtype).removeprefix("torch."), **_versions()}
+    key["model"] = model_source_digest(str(config.fields.get("model_type", "")))
     if config.pretrained is not None and _has_code_of_its_own(config.pretrained):
         return capture(config.pretrained, dtype=dtype, **asked)
     captured = _load(store, key)

@@ -1,7 +1,7 @@
 """What a program was compiled from, field by field, so that a stale program is refused with the field that differs.
 
-`fingerprint.json` holds the request, the model's config, the digest of every registered operator's source, and the versions of torch,
-transformers and seqloom.
+`fingerprint.json` holds the request, the model's config, digests of the model's code and of every registered operator's source, and the
+versions of torch, transformers and seqloom.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import seqloom
+from seqloom.capture.model_source import model_source_digest
 from seqloom.emit.request import CompileRequest
 from seqloom.errors import UserError
 from seqloom.ops.registry import resolve
@@ -37,18 +38,25 @@ def fingerprint(request: CompileRequest, config: PretrainedConfig, operators: Se
         "request": asked,
         "config": json.loads(json.dumps(settings, sort_keys=True, default=str)),
         "operators": {name: resolve(name).source_digest for name in sorted(operators)},
+        "source": {"model": model_source_digest(str(settings.get("model_type", "")))},
         "versions": {"torch": torch.__version__, "transformers": version("transformers"), "seqloom": seqloom.__version__},
     }
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
     """The first field in which two fingerprints differ, as words; None when they agree."""
-    titles = {"request": "", "config": "model config ", "operators": "the source of operator ", "versions": "the version of "}
+    titles = {
+        "request": "",
+        "config": "model config ",
+        "operators": "the source of operator ",
+        "source": "the source of the ",
+        "versions": "the version of ",
+    }
     for part, title in titles.items():
         before, now = old.get(part, {}), new.get(part, {})
         for key in sorted({*before, *now}):
             if before.get(key) != now.get(key):
-                if part == "operators":
+                if part in ("operators", "source"):
                     return f"{title}{key} has changed"
                 return f"{title}{key} was {before.get(key)} and is now {now.get(key)}"
     return None

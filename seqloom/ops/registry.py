@@ -13,10 +13,13 @@ import hashlib
 import importlib
 import inspect
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -145,7 +148,7 @@ def resolve(name: str) -> RegisteredOp:
     if not (module_name and colon and path):
         raise UserError(f"'{name}' does not name an operator: write it as module:function")
     try:
-        found: Any = importlib.import_module(module_name)
+        found: Any = _import(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
             raise UserError(f"operator '{name}' cannot be used: its module {module_name} imports {error.name}, which is missing") from error
@@ -160,6 +163,19 @@ def resolve(name: str) -> RegisteredOp:
     if entry is None:
         raise UserError(f"'{name}' is not a registered operator: decorate it with @register_op and its annotation")
     return entry
+
+
+def _import(name: str) -> ModuleType:
+    """A module, also one of the working directory, which Python does not search for `python somewhere/train.py`."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        here = str(Path.cwd())
+        if "" in sys.path or here in sys.path:
+            raise
+        sys.path.insert(0, here)
+        importlib.invalidate_caches()
+        return importlib.import_module(name)
 
 
 def choices_of(op: str) -> Mapping[str, tuple[Any, ...]]:
