@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("merged")
-    tokenizer = train_tokenizer(Dataset.from_dict({"text": ["def read(self):\n    return self.file"] * 20}), 280)
+    tokenizer = train_tokenizer([Dataset.from_dict({"text": ["def read(self):\n    return self.file"] * 20})], 280)
     make_model(folder, vocab_size=len(tokenizer))
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig.from_pretrained(folder)).save_pretrained(folder)
