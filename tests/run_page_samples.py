@@ -58,9 +58,9 @@ def _lines(steps: Iterable[int], shift: float) -> Iterator[dict[str, Any]]:
         if step == SKIPPED:
             record = {"step": step, "skipped": f"step {step} has loss nan: skipped"}
         elif step == SPIKE:
-            record |= {"loss": 12.0, "notes": ["loss 12.0, 2.1 times its mean"]}
+            record |= {"loss": 12.0, "notes": [{"kind": "spike", "text": "loss 12.0, 2.1 times its mean"}]}
         elif step == STRAGGLER:
-            record["notes"] = ["rank 1 was slow: 3.1 times the median"]
+            record["notes"] = [{"kind": "straggler", "text": "rank 1 was slow: 3.1 times the median"}]
         yield record
         if step % 40 == 0:
             loss = record["loss"] + 0.1

@@ -320,7 +320,7 @@ def test_without_compute_everything_is_exposed():
 def training(tmp_path, lines, age=60.0):
     plan_file, log = tmp_path / "plan.json", tmp_path / "log.jsonl"
     plan_file.write_text("{}")
-    log.write_text("\n".join(lines))
+    log.write_text("".join(line + "\n" for line in lines))
     moment = plan_file.stat().st_mtime + age
     os.utime(log, (moment, moment))
     return read_training(tmp_path, plan_as_compiled(), plan_file)

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from run_page_samples import BEGAN, RESUMED, SKIPPED, SPIKE, STEPS, STRAGGLER, sample_lines, step_record, write_log
 
 from seqloom.report.decimate import kept, running_mean, stretches
-from seqloom.report.run_log import FIELDS, LogReader, RunLog, note_kind
+from seqloom.report.run_log import FIELDS, LoggedRun, LogReader
 
 numbers = st.one_of(st.floats(-1e6, 1e6), st.sampled_from([math.nan, math.inf, -math.inf, 0.0, 1e300]))
 
 
-def read(folder, lines) -> RunLog:
+def read(folder, lines) -> LoggedRun:
     return LogReader(write_log(folder, lines)).read()
 
 
@@ -170,16 +170,3 @@ def test_a_stop_is_told_until_the_run_goes_on(tmp_path):
 def test_an_evaluation_that_is_not_finite(tmp_path):
     log = read(tmp_path, [step_record(1), {"step": 1, "evaluation": {"step": 1, "loss": None, "perplexity": None}}])
     assert log.evaluations[0].loss is None and "not finite" in log.events[-1].text
-
-
-@pytest.mark.parametrize(
-    ("text", "kind"),
-    [
-        ("loss 9.1, 3 times its mean", "spike"),
-        ("gradient norm 53", "spike"),
-        ("rank 3 is slow", "straggler"),
-        ("the step took 2 s", "straggler"),
-    ],
-)
-def test_kinds_of_notes(text, kind):
-    assert note_kind(text) == kind

@@ -10,9 +10,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from tiny_job import LENGTH, flags, make_dataset, make_job, make_model
-
-from seqloom.trainer.logging import read_log
+from tiny_job import LENGTH, flags, make_dataset, make_job, make_model, read_log
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

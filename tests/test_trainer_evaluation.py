@@ -9,7 +9,7 @@ import signal
 import pytest
 import torch
 from procs import run_ranks
-from tiny_job import LENGTH, config, make_dataset, make_job
+from tiny_job import LENGTH, config, make_dataset, make_job, read_log
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -19,9 +19,10 @@ from seqloom.checkpoint.read import open_checkpoint
 from seqloom.data.loader import open_dataset
 from seqloom.data.metadata import DOCUMENTS, Metadata, read_metadata, write_metadata
 from seqloom.errors import Stopped, UserError
+from seqloom.report.run_log import LOG
 from seqloom.trainer import evaluate, loop
 from seqloom.trainer.evaluate import Evaluation, open_evaluation
-from seqloom.trainer.logging import LOG_FILE, RunLog, read_log
+from seqloom.trainer.logging import RunLog
 from seqloom.trainer.signals import StopSignals
 
 CPU = torch.device("cpu")
@@ -42,7 +43,7 @@ def trained(rank, world_size, folder, *runs):
 
 
 def evaluations(folder, name):
-    records = map(json.loads, filter(None, (folder / "runs" / name / LOG_FILE).read_text().splitlines()))
+    records = map(json.loads, filter(None, (folder / "runs" / name / LOG).read_text().splitlines()))
     return {record["step"]: record["evaluation"] for record in records if "evaluation" in record}
 
 
@@ -123,7 +124,7 @@ def test_a_loss_that_is_not_finite_is_logged_as_json_knows_it(tmp_path):
     with RunLog(tmp_path, 1, 2, 1e12, console) as log:
         log.evaluation(Evaluation(1, math.inf, 10, 1, 0.5))
         log.evaluation(Evaluation(2, 1000.0, 10, 1, 0.5))
-    found = [json.loads(line)["evaluation"] for line in (tmp_path / LOG_FILE).read_text().splitlines()]
+    found = [json.loads(line)["evaluation"] for line in (tmp_path / LOG).read_text().splitlines()]
     assert [entry["perplexity"] for entry in found] == [None, None] and [entry["loss"] for entry in found] == [None, 1000.0]
     assert "evaluation after step 1: loss inf, perplexity inf" in console.getvalue()
 

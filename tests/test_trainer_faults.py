@@ -16,15 +16,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from procs import RankError, run_ranks
-from tiny_job import config, flags, make_job
+from tiny_job import config, flags, make_job, read_log
 
 from seqloom.checkpoint import folders
 from seqloom.checkpoint.read import open_checkpoint
 from seqloom.checkpoint.verify import damage
 from seqloom.errors import EXIT_STOPPED, Stopped, UserError
+from seqloom.report.run_log import LOG
 from seqloom.runtime import step as runtime_step
 from seqloom.trainer import loop
-from seqloom.trainer.logging import LOG_FILE, read_log
 from seqloom.trainer.signals import StopSignals
 from seqloom.trainer.watch import Watch, stand_still
 
@@ -99,7 +99,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_changes_nothing(job, force, va
     assert folders.steps(job / "checkpoints" / name) == [1, 2, 4], "nothing is saved of a skipped step"
     steps = [entry["step"] for entry in read_log(job / "runs" / name)]
     assert steps == [1, 2, 4]
-    lines = [json.loads(line) for line in (job / "runs" / name / LOG_FILE).read_text().splitlines()]
+    lines = [json.loads(line) for line in (job / "runs" / name / LOG).read_text().splitlines()]
     (skipped,) = [line for line in lines if "skipped" in line]
     assert skipped["step"] == 3 and f"the gradient of {BAD} on rank 1" in skipped["skipped"]
     two, four = (contents(job / "checkpoints" / name / f"step-{step}") for step in (2, 4))
@@ -184,7 +184,7 @@ def _no_room(rank, world_size, folder):
 def test_room_for_a_checkpoint_is_looked_for_before_the_first_step(job):
     first, second = run_ranks(_no_room, 2, job)
     assert first == second and "but only 1000 are free" in first and "checkpoint of no-room needs" in first
-    assert not (job / "runs/no-room" / LOG_FILE).exists(), "no step was made"
+    assert not (job / "runs/no-room" / LOG).exists(), "no step was made"
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_its_step_saved_again(job):

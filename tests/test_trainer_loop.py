@@ -10,10 +10,8 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
-from hypothesis import strategies as st
 from procs import run_ranks
-from tiny_job import LENGTH, ROWS, config, make_dataset, make_job
+from tiny_job import LENGTH, ROWS, config, make_dataset, make_job, read_log
 
 from examples import check_merged
 from seqloom.checkpoint import folders, merge
@@ -22,11 +20,12 @@ from seqloom.errors import UserError
 from seqloom.trainer import state
 from seqloom.trainer.config import TrainConfig, parse
 from seqloom.trainer.failure import follows
-from seqloom.trainer.logging import RunLog, StepRecord, clock, read_log, step_line
+from seqloom.trainer.logging import RunLog, StepRecord, clock, step_line
 from seqloom.trainer.loop import train_on
-from seqloom.trainer.plot import plot_loss, running_mean
+from seqloom.trainer.plot import plot_loss
 from seqloom.trainer.schedule import learning_rate
 from seqloom.trainer.settings_file import resolved
+from seqloom.trainer.spikes import Note
 
 CPU = torch.device("cpu")
 
@@ -78,7 +77,7 @@ def test_a_log_without_a_terminal_is_plain_lines(tmp_path):
         log.step(record(1))
         log.event(1, "checkpoint", "saved")
         log.event(1, "start", "unsaid", aloud=False)
-        log.step(record(2, notes=("loss 9 against 3 before",)))
+        log.step(record(2, notes=(Note("spike", "loss 9 against 3 before"),)))
     lines = console.getvalue().splitlines()
     assert [line.split("  ")[0] for line in lines] == ["step 1/2", "saved", "step 2/2", "note: step 2: loss 9 against 3 before"]
     assert "\r" not in console.getvalue()
@@ -88,7 +87,7 @@ def test_a_log_without_a_terminal_is_plain_lines(tmp_path):
         (1, "checkpoint", "saved"),
         (1, "start", "unsaid"),
     ]
-    assert [line.get("notes") for line in written if "loss" in line] == [None, ["loss 9 against 3 before"]]
+    assert [line.get("notes") for line in written if "loss" in line] == [None, [{"kind": "spike", "text": "loss 9 against 3 before"}]]
     assert read_log(tmp_path)[1]["tokens_seen"] == 200
 
 
@@ -139,12 +138,6 @@ def test_the_plot_is_a_picture(tmp_path):
     path = plot_loss(tmp_path, "a run")
     assert path == tmp_path / "loss.png"
     assert path.read_bytes().startswith(b"\x89PNG")
-
-
-@given(values=st.lists(st.floats(-100, 100), min_size=1, max_size=40), width=st.integers(1, 50))
-def test_running_mean_is_the_mean_of_the_last(values, width):
-    lasts = [values[max(0, end - width) : end] for end in range(1, len(values) + 1)]
-    assert running_mean(values, width) == pytest.approx([sum(last) / len(last) for last in lasts], abs=1e-9)
 
 
 # --- state ------------------------------------------------------------------------------------------------------------

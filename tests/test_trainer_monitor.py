@@ -18,7 +18,7 @@ from seqloom.trainer import memory, stragglers
 from seqloom.trainer.config import steps_of
 from seqloom.trainer.memory import Held, MemoryRecorder, verdict
 from seqloom.trainer.profile import StepProfiler, name_functions
-from seqloom.trainer.spikes import LEAST, WINDOW, Unusual
+from seqloom.trainer.spikes import LEAST, WINDOW, Note, Unusual
 from seqloom.trainer.stragglers import Stragglers, slow_ranks
 from seqloom.trainer.wandb_log import open_wandb
 
@@ -38,9 +38,9 @@ def watched(steps, noise=0.001):
 
 def test_a_spike_is_told_with_what_was_before():
     unusual = watched(40)
-    assert unusual(4.0, 1.0, 0.5) == ["loss 4 against 3 before"]
-    assert unusual(3.0, 9.0, 0.5)[0].startswith("gradient norm 9 against")
-    assert unusual(3.0, 1.0, 2.0)[0].startswith("slow step: 2 s against 0.5")
+    assert unusual(4.0, 1.0, 0.5) == [Note("spike", "loss 4 against 3 before")]
+    assert unusual(3.0, 9.0, 0.5)[0].text.startswith("gradient norm 9 against")
+    assert unusual(3.0, 1.0, 2.0) == [Note("straggler", "the step took 2 s against 0.5 s before")]
     assert len(unusual(5.0, 9.0, 2.0)) == 3
 
 
@@ -92,7 +92,7 @@ def _slow(rank, world_size, shared):
     passing = iter([9.0 if rank else 1.0, 1.0])
     watch._probe = lambda: next(passing)
     once = watch(step=8, slow=True, waited=0.0, seconds=1.0)
-    return quiet, first, waits, once, Stragglers(CPU)._probe() > 0
+    return *([note.text for note in notes] for notes in (quiet, first, waits, once)), Stragglers(CPU)._probe() > 0
 
 
 def test_a_slow_rank_is_named_with_its_cause():

@@ -1,10 +1,13 @@
 """A model and a data set small enough to train in seconds, and the flags of a run on them."""
 
+import json
+
 import numpy as np
 from datasets import Dataset
 from transformers import LlamaConfig
 
 from seqloom.data.metadata import Metadata, write_metadata
+from seqloom.report.run_log import LOG
 from seqloom.trainer.config import TrainConfig, parse
 
 VOCAB, LENGTH, ROWS = 96, 16, 24
@@ -72,3 +75,16 @@ def flags(folder, **changes):
 def config(folder, **changes):
     """The parsed config of such a run."""
     return parse(TrainConfig, "train.py", flags(folder, **changes))
+
+
+def read_log(folder):
+    """The records of a run by step, each step once; damaged lines, skipped steps, evaluations and events do not count."""
+    records = {}
+    for line in (folder / LOG).read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if "loss" in record or "skipped" in record:
+            records[record["step"]] = record
+    return [records[step] for step in sorted(records) if "loss" in records[step]]

@@ -11,13 +11,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isclose
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from seqloom.errors import UserError
+import numpy as np
 
-PLAN, FINGERPRINT, DRYRUN, REHEARSAL, LOG = "plan.json", "fingerprint.json", "dryrun.json", "rehearsal.json", "log.jsonl"
+from seqloom.errors import UserError
+from seqloom.report.decimate import kept
+from seqloom.report.run_log import LOG, LogReader
+
+PLAN, FINGERPRINT, DRYRUN, REHEARSAL = "plan.json", "fingerprint.json", "dryrun.json", "rehearsal.json"
 RUNS = "runs"
+POINTS = 1000  # of a curve of losses
 REQUIRED = (
     "mesh",
     "hardware",
@@ -36,7 +40,7 @@ REQUIRED = (
 
 @dataclass(frozen=True)
 class Training:
-    """A training run: medians over its steps but the first, which warms up, its highest memory, and the loss by step."""
+    """A training run: medians over its steps but those that warm up, its highest memory, and losses by step, the extremes among them."""
 
     folder: Path
     steps: int
@@ -88,34 +92,26 @@ def read_training(run_folder: Path, plan: Mapping[str, Any], plan_file: Path) ->
     A run of this plan is logged after the plan was written, and the product of its MFU and step time, which is the work of a step over the
     peak of the machine, is the plan's.
     """
-    log = run_folder / LOG
-    if not log.is_file() or log.stat().st_mtime < plan_file.stat().st_mtime:
+    path = run_folder / LOG
+    if not path.is_file() or path.stat().st_mtime < plan_file.stat().st_mtime:
         return None
-    records = {record["step"]: record for record in map(_record, log.read_text(encoding="utf-8").splitlines()) if record}
-    steps = [records[step] for step in sorted(records)]
-    work = plan["mfu_causal"] * plan["step_time_s"]
-    if not steps or not isclose(steps[-1]["mfu_causal"] * steps[-1]["step_time_s"], work, rel_tol=1e-6):
+    log = LogReader(run_folder).read()
+    steps, work = log.steps, plan["mfu_causal"] * plan["step_time_s"]
+    if not log.count or not isclose(steps["mfu_causal"][-1] * steps["step_time_s"][-1], work, rel_tol=1e-6):
         return None
-    warm = steps[1:] or steps
-    middle = {key: median(record[key] for record in warm) for key in ("step_time_s", "tokens_per_s_per_gpu", "mfu_causal")}
+    warm = ~log.first_after_start()
+    warm = warm if warm.any() else ~warm
+    middle = {key: float(np.median(steps[key][warm])) for key in ("step_time_s", "tokens_per_s_per_gpu", "mfu_causal")}
+    at = kept(steps["loss"], POINTS)
     return Training(
         folder=run_folder,
-        steps=len(steps),
+        steps=log.count,
         step_s=middle["step_time_s"],
         tokens_per_s_per_gpu=middle["tokens_per_s_per_gpu"],
         mfu_causal=middle["mfu_causal"],
-        peak_gib=max(record["memory_gib"] for record in steps),
-        losses=tuple((record["step"], record["loss"]) for record in steps),
+        peak_gib=float(steps["memory_gib"].max()),
+        losses=tuple(zip(steps["step"][at].astype(int).tolist(), steps["loss"][at].tolist(), strict=True)),
     )
-
-
-def _record(line: str) -> dict[str, Any] | None:
-    """The record of a step; None for a skipped step, an empty line, or one that was cut off when a run was killed."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if "loss" in record else None
 
 
 def _read(path: Path) -> dict[str, Any] | None:

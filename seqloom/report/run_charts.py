@@ -15,7 +15,7 @@ from seqloom.report.chart import Chart, Curve, Guide, Mark, chart_figure
 from seqloom.report.decimate import kept, running_mean
 from seqloom.report.markup import Markup, tag
 from seqloom.report.run_documents import RunDocuments, value
-from seqloom.report.run_log import RESTART, SKIPPED, SPIKE, STRAGGLER, RunLog
+from seqloom.report.run_log import RESTART, SKIPPED, SPIKE, STRAGGLER, LoggedRun
 from seqloom.report.text import gib, number
 
 POINTS, MARKS = 1000, 120
@@ -37,7 +37,7 @@ def charts_section(documents: RunDocuments) -> Markup | None:
     )
 
 
-def steps_scale(log: RunLog) -> Scale:
+def steps_scale(log: LoggedRun) -> Scale:
     """From the first step of the log to the last."""
     return span([log.steps["step"]])
 
@@ -70,7 +70,7 @@ def loss_chart(documents: RunDocuments) -> Chart:
     )
 
 
-def marks_of(log: RunLog, *kinds: str) -> list[Mark]:
+def marks_of(log: LoggedRun, *kinds: str) -> list[Mark]:
     """Events of these kinds within the steps of the log, one for each of MARKS places at most and restarts foremost."""
     x, places = steps_scale(log), {}
     for event in log.events:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from seqloom.errors import UserError
-from seqloom.report.run_log import LOG, LogReader, RunLog, known_number
+from seqloom.report.run_log import LOG, LoggedRun, LogReader, known_number
 
 RUN = "run.json"
 
@@ -25,7 +25,7 @@ class RunDocuments:
     folder: Path
     name: str
     info: Mapping[str, Any]
-    log: RunLog
+    log: LoggedRun
 
     @property
     def plan(self) -> Mapping[str, Any]:

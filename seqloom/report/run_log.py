@@ -1,8 +1,8 @@
 """The log of a training run, `log.jsonl`, as columns of numbers and a list of events.
 
-In: the folder of a run. Out: `RunLog`. Only whole lines count, so a run that is writing can be read, and a `LogReader` reads each line once
-however often it is asked. A run that goes back to a checkpoint makes its later steps again: what the log says of those steps from before
-is dropped. Events stay, for they happened.
+In: the folder of a run. Out: `LoggedRun`. Only whole lines count, so a run that is writing can be read, and a `LogReader` reads each line
+once however often it is asked. A run that goes back to a checkpoint makes its later steps again: what the log says of those from before is
+dropped. Events stay, for they happened.
 """
 
 from __future__ import annotations
@@ -48,7 +48,6 @@ START, STOP, FINISH, RESTART, EVALUATION, SKIPPED, SPIKE, STRAGGLER = (
 BEYOND = 1e100  # no run measures so much: from here on a number counts as none
 _BATCH = 200  # lines that are parsed at once: faster than one by one, and other threads wait for a millisecond or two
 _STEP = itemgetter(*FIELDS)
-_SLOW = ("straggl", "slow", "rank", "took", "waited")
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class Event:
 
 
 @dataclass(frozen=True, eq=False)
-class RunLog:
+class LoggedRun:
     """A run so far. `steps` has a column for each of FIELDS, all of one length and by ascending step, nan where the log has no number.
 
     `state` is `start` (no step was made yet), `run`, `stop` or `finish`; `text` is what the log says of stopping. `damaged` counts lines
@@ -128,7 +127,7 @@ class LogReader:
         self.path = folder / LOG
         self._begin()
 
-    def read(self) -> RunLog:
+    def read(self) -> LoggedRun:
         """Everything in the log so far; no step where there is no log yet."""
         if not self.path.is_file() or self.path.stat().st_size < self.offset:
             self._begin()
@@ -137,7 +136,7 @@ class LogReader:
                 self._read(file)
         columns = np.array(self.numbers).reshape(-1, len(FIELDS)).T
         columns[~(np.abs(columns) < BEYOND)] = np.nan
-        return RunLog(
+        return LoggedRun(
             steps=dict(zip(FIELDS, columns, strict=True)),
             evaluations=tuple(self.evaluations.values()),
             events=tuple(self.events),
@@ -203,7 +202,8 @@ class LogReader:
         self.state = "run"
         notes = record.get("notes")
         for note in notes if isinstance(notes, list) else ():
-            self._happened(int(row[0]), note_kind(str(note)), note, record)
+            if isinstance(note, dict):
+                self._happened(int(row[0]), str(note.get("kind")), note.get("text"), record)
 
     def _go_back(self, step: float) -> None:
         """Drop what was found of the steps after `step`, which are to be made again."""
@@ -235,11 +235,6 @@ class LogReader:
 def _plain(record: Mapping[str, Any]) -> bool:
     """Whether a record is of a step and of nothing else."""
     return "loss" in record and "notes" not in record
-
-
-def note_kind(text: str) -> str:
-    """What a note of a step tells of: one that was slow, or a loss or gradient that is out of the ordinary."""
-    return STRAGGLER if any(word in text.lower() for word in _SLOW) else SPIKE
 
 
 def _records(lines: Sequence[bytes]) -> Iterator[dict[str, Any]]:

@@ -9,19 +9,16 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from seqloom.cost.hardware import load_hardware
+from seqloom.cost.hardware import GIB, load_hardware
 from seqloom.report.plan_page import PAGE
+from seqloom.trainer.build import DTYPES, Run
 from seqloom.trainer.settings_file import resolved
 
-if TYPE_CHECKING:
-    from seqloom.trainer.build import Run
-
-GIB = 2**30
 RUN_FILE = "run.json"
 PREDICTED = (
     "step_time_s",
@@ -34,7 +31,6 @@ PREDICTED = (
     "mesh",
     "seq_len",
 )
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
+from seqloom.report import text
+from seqloom.report.run_log import LOG
+from seqloom.trainer.spikes import Note
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
     from tqdm import tqdm
 
     from seqloom.trainer.evaluate import Evaluation
 
-LOG_FILE = "log.jsonl"
 EventName = Literal["start", "checkpoint", "stop", "finish", "profile", "memory"]
 SCALARS = ("loss", "grad_norm", "lr", "tokens_per_s", "tokens_per_s_per_gpu", "mfu_causal", "memory_gib", "data_wait_s", "step_time_s")
 
@@ -53,7 +56,7 @@ class StepRecord:
     eta_s: float
     memory_share: float = 0.0
     time: float = 0.0
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
 
 
 def step_line(record: StepRecord, total_steps: int, peak_flops: float) -> str:
@@ -61,14 +64,9 @@ def step_line(record: StepRecord, total_steps: int, peak_flops: float) -> str:
     step = f"step {record.step:>{len(str(total_steps))}}/{total_steps}"
     return (
         f"{step}  loss {record.loss:.4f}  grad {record.grad_norm:.3f}  lr {record.lr:.2e}  {record.tokens_per_s_per_gpu:,.0f} tok/s/gpu  "
-        f"mfu {record.mfu_causal:.1%} of {teraflops(peak_flops)}  mem {record.memory_gib:.2f} GiB {record.memory_share:.0%}  "
+        f"mfu {record.mfu_causal:.1%} of {text.flops(peak_flops)}/s  mem {record.memory_gib:.2f} GiB {record.memory_share:.0%}  "
         f"data {1000 * record.data_wait_s:.0f} ms  eta {clock(record.eta_s)}"
     )
-
-
-def teraflops(flops: float) -> str:
-    """FLOPs in a second as `989 TFLOP/s`."""
-    return f"{flops / 1e12:.3g} TFLOP/s"
 
 
 def clock(seconds: float) -> str:
@@ -95,7 +93,7 @@ class RunLog:
     ) -> None:
         """`first_step` is the number of the next step: 1 starts the files anew, a later one continues them."""
         self.folder, self.total_steps, self.peak_flops, self.console, self._more = folder, total_steps, peak_flops, console, more
-        self.file = (folder / LOG_FILE).open("w" if first_step == 1 else "a", encoding="utf-8")
+        self.file = (folder / LOG).open("w" if first_step == 1 else "a", encoding="utf-8")
         if first_step > 1:
             self.file.write("\n")  # a killed run may have left half a line
         self.board = _tensorboard(folder, first_step)
@@ -112,7 +110,8 @@ class RunLog:
 
     def step(self, record: StepRecord) -> None:
         """Report one step everywhere."""
-        self._write({name: value for name, value in dataclasses.asdict(record).items() if name != "notes" or value})
+        notes = {"notes": [vars(note) for note in record.notes]} if record.notes else {}
+        self._write({name: value for name, value in vars(record).items() if name != "notes"} | notes)
         self._scalars({name: getattr(record, name) for name in SCALARS}, record.step)
         line = step_line(record, self.total_steps, self.peak_flops)
         if self.bar is not None:
@@ -121,7 +120,7 @@ class RunLog:
         else:
             self.say(line)
         for note in record.notes:
-            self.say(f"note: step {record.step}: {note}")
+            self.say(f"note: step {record.step}: {note.text}")
 
     def evaluation(self, found: Evaluation) -> None:
         """Report an evaluation."""
@@ -185,19 +184,6 @@ class NoLog(contextlib.AbstractContextManager):
 
     def say(self, text: str) -> None:
         """Nothing."""
-
-
-def read_log(folder: Path) -> list[dict]:
-    """The records of a run by step, each step once; damaged lines, skipped steps, evaluations and events do not count."""
-    records = {}
-    for line in (folder / LOG_FILE).read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if "loss" in record or "skipped" in record:
-            records[record["step"]] = record
-    return [records[step] for step in sorted(records) if "loss" in records[step]]
 
 
 def _tensorboard(folder: Path, first_step: int) -> SummaryWriter:

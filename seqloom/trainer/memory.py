@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from seqloom.cost.hardware import GIB
 from seqloom.errors import UserError
 
-GIB = 2**30
 FOLDER = "memory"
 EVENTS = 200_000  # of the allocator that a snapshot remembers
 NOTED = 0.25  # GiB: a part that is off by less explains nothing

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
-from seqloom.trainer.logging import read_log
+import numpy as np
+
+from seqloom.report.decimate import running_mean
+from seqloom.report.run_log import LogReader
 
 PLOT_FILE = "loss.png"
 
@@ -15,26 +17,19 @@ def plot_loss(folder: Path, title: str) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    records = read_log(folder)
-    steps = [record["step"] for record in records]
+    columns = LogReader(folder).read().steps
+    steps, values = columns["step"], columns["loss"]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     loss = figure.add_subplot()
-    values = [record["loss"] for record in records]
     loss.plot(steps, values, color="tab:blue", linewidth=0.8, alpha=0.35)
-    loss.plot(steps, running_mean(values, 1 + len(values) // 20), color="tab:blue", linewidth=1.6)
+    loss.plot(steps, running_mean(values, 1 + len(values) // 20, np.arange(len(values))), color="tab:blue", linewidth=1.6)
     loss.set(title=title, xlabel="step", ylabel="loss (nats per token)")
     loss.grid(alpha=0.3)
     rate = loss.twinx()
-    rate.plot(steps, [record["lr"] for record in records], color="tab:orange", linewidth=0.8, linestyle="--")
+    rate.plot(steps, columns["lr"], color="tab:orange", linewidth=0.8, linestyle="--")
     rate.set_ylabel("learning rate", color="tab:orange")
     rate.set_ylim(bottom=0)
     path = folder / PLOT_FILE
     figure.savefig(path, dpi=120)
     return path
-
-
-def running_mean(values: list[float], width: int) -> list[float]:
-    """Mean of each value and of those before it, `width` at most."""
-    sums = [0.0, *itertools.accumulate(values)]
-    return [(sums[i] - sums[max(0, i - width)]) / min(i, width) for i in range(1, len(sums))]

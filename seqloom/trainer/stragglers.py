@@ -13,6 +13,7 @@ import time
 import torch
 
 from seqloom.checkpoint import group
+from seqloom.trainer.spikes import Note
 
 EVERY = 200  # steps between two looks at all ranks
 FIRST = 5  # the step after which is looked first
@@ -27,7 +28,7 @@ class Stragglers:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def __call__(self, step: int, slow: bool, waited: float, seconds: float) -> list[str]:
+    def __call__(self, step: int, slow: bool, waited: float, seconds: float) -> list[Note]:
         """What holds up a step of `seconds`, of which this rank waited `waited` for data. Collective where `slow` is alike everywhere."""
         if not slow and step % EVERY and step != FIRST:
             return []
@@ -35,10 +36,11 @@ class Stragglers:
         named = slow_ranks([own for own, _ in everyone])
         if named:  # once more: another process may have come between
             named = [rank for rank in slow_ranks(group.gather_json(self._probe())) if rank in named]
-        notes = [f"rank {rank} computes {everyone[rank][0] / _median(everyone):.1f}x slower than the others" for rank in named]
+        usual = statistics.median_low([own for own, _ in everyone])
+        notes = [Note("straggler", f"rank {rank} computes {everyone[rank][0] / usual:.1f}x slower than the others") for rank in named]
         longest = max(range(len(everyone)), key=lambda rank: everyone[rank][1])
         if slow and everyone[longest][1] > seconds / 2:
-            notes.append(f"rank {longest} waited {everyone[longest][1]:.2f} s for data")
+            notes.append(Note("straggler", f"rank {longest} waited {everyone[longest][1]:.2f} s for data"))
         return notes
 
     def _probe(self) -> float:
@@ -64,7 +66,3 @@ def slow_ranks(seconds: list[float]) -> list[int]:
     """The ranks that took more than `RATIO` times the median (of two ranks: the time of the faster one)."""
     usual = statistics.median_low(seconds)
     return [rank for rank, own in enumerate(seconds) if own > RATIO * usual]
-
-
-def _median(everyone: list[list[float]]) -> float:
-    return statistics.median_low([own for own, _ in everyone])

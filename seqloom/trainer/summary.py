@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from seqloom.report import text
+from seqloom.report.text import plural
 from seqloom.trainer.config import LAST
-from seqloom.trainer.logging import teraflops
 from seqloom.trainer.settings_file import RESOLVED_FILE, changed
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def summary(run: Run, known: Facts, done: int) -> str:
         (
             "step",
             f"{plural(loader.dp_size, 'scale unit')} x {plural(loader.accumulation, 'micro-batch', 'micro-batches')} x "
-            f"{plural(loader.micro_batch_size, 'row')} = {known.tokens_per_step:,} tokens of {flops(known.flops_per_token)} each",
+            f"{plural(loader.micro_batch_size, 'row')} = {known.tokens_per_step:,} tokens of {text.flops(known.flops_per_token)} each",
         ),
         ("run", f"{plural(left, 'step')}{f' after {done}' if done else ''}, {epochs:.2f} epochs in all; {compile_config.precision}"),
         ("ranks", f"{run.mesh.size()} on {run.device.type}"),
@@ -60,16 +61,8 @@ def plan_line(run: Run) -> str:
 def prediction_line(plan: dict[str, Any], known: Facts | None = None) -> str:
     """Step time, MFU (of which peak, where `known`) and memory of a rank, and the hardware they hold for."""
     memory = f"{plan['peak_memory_gib']['total']:.3g} of {plan['memory_limit_gib']:.3g} GiB a rank"
-    peak = f" of {teraflops(known.peak_flops)} with causal attention" if known else ""
+    peak = f" of {text.flops(known.peak_flops)}/s with causal attention" if known else ""
     return f"{plan['step_time_s']:.3g} s a step, MFU {plan['mfu_causal']:.1%}{peak}, {memory}, on {plan['hardware']}"
-
-
-def flops(count: float) -> str:
-    """FLOPs of a token as `47.1 GFLOP`."""
-    for unit, name in ((1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP")):
-        if count >= unit:
-            return f"{count / unit:.3g} {name}"
-    return f"{count:,.0f} FLOP"
 
 
 def _settings(run: Run) -> str:
@@ -83,11 +76,6 @@ def _settings(run: Run) -> str:
 def measured_mfu(plan: dict[str, Any], step_time_s: float) -> float:
     """Causal MFU of a measured step: the plan's, scaled by predicted over measured time, as the FLOPs are the same."""
     return plan["mfu_causal"] * plan["step_time_s"] / step_time_s
-
-
-def plural(count: int, one: str, many: str | None = None) -> str:
-    """`1 row`, `2 rows`."""
-    return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
 def kernel_note(kernel: str | None) -> str | None:
