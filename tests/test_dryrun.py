@@ -24,8 +24,8 @@ from seqloom.runtime import dryrun
 from seqloom.runtime.live_bytes import PARTS
 
 SELECTIVE = {
-    "x, use_reentrant=False)": "x, use_reentrant=False, context_fn=keep_matmuls(0))",
-    "from seqloom.runtime.mesh": "from seqloom.runtime.selective import keep_matmuls\nfrom seqloom.runtime.mesh",
+    "checkpoint(self.mlp, x, use_reentrant=False)": "selective(self.mlp, x, kept=(0,))",
+    "from seqloom.runtime.mesh": "from seqloom.runtime.selective import selective\nfrom seqloom.runtime.mesh",
 }
 OFFLOAD = {
     "checkpoint(self.mlp, x, use_reentrant=False)": "offload(self.mlp, x)",

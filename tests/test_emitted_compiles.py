@@ -18,6 +18,7 @@ from seqloom.plan.price import Machine
 from seqloom.plan.regions import build_regions
 from seqloom.plan.request import Request
 from seqloom.plan.solver import solve
+from seqloom.runtime.compiled import compile_blocks, segment_names
 from seqloom.runtime.materialize import materialize
 from seqloom.runtime.mesh import build_mesh
 from seqloom.runtime.parity import random_batches
@@ -39,26 +40,30 @@ def write(folder: Path, family: str, force: str) -> None:
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / "weights")
 
 
-def _both(rank: int, world_size: int, folder: str, family: str) -> tuple[list[float], int]:
-    """Losses and gradient norms, eager and compiled, and how many graphs were compiled."""
+def _both(rank: int, world_size: int, folder: str, family: str, backend: str) -> tuple[list[float], int, int]:
+    """Losses and gradient norms, eager and compiled; how many graphs were compiled, and how many segments the kinds of blocks have."""
     config, program = FAMILIES[family](2), load_program(Path(folder))
     mesh, batches, found = build_mesh(program.MESH, 1, "cpu"), random_batches(FAMILIES[family](2), 1, 32, 1, 0), []
     torch._dynamo.utils.counters.clear()
     for compiled in (False, True):
         model = materialize(program, mesh, config, weights=Path(folder) / "weights", seed=0, device=CPU, compute_dtype=torch.float32)
-        for module in model.modules():
-            if compiled and isinstance(module, program.BLOCKS):
-                module.compile(backend="aot_eager", fullgraph=True)
+        if compiled:
+            compile_blocks(model, program, backend)
         loss, _ = accumulate_gradients(model, program, mesh, batches, CPU)
         found += [float(loss), *(float(p.grad.full_tensor().norm()) for p in model.parameters())]
     assert not torch._dynamo.utils.counters["graph_break"]
-    return found, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    segments = sum(len(segment_names(block)) for block in program.BLOCKS)
+    return found, torch._dynamo.utils.counters["stats"]["unique_graphs"], segments
 
 
-@pytest.mark.parametrize(("family", "force"), [("llama", "sp2"), ("llama", "tp_sp2"), ("gpt2", "sp2")])
-def test_blocks_compile_whole(family, force, tmp_path):
+PLANS = [("llama", "sp2", "aot_eager"), ("llama", "tp_sp2", "aot_eager"), ("gpt2", "sp2", "aot_eager"), ("llama", "sp2", "inductor")]
+
+
+@pytest.mark.parametrize(("family", "force", "backend"), PLANS)
+def test_blocks_compile_whole(family, force, backend, tmp_path):
+    """Gradients are those of the eager blocks, no graph breaks, and equal blocks share their graphs."""
     write(tmp_path, family, force)
-    for found, graphs in run_ranks(_both, 2, str(tmp_path), family, timeout=240):
+    for found, graphs, segments in run_ranks(_both, 2, str(tmp_path), family, backend, timeout=280):
         half = len(found) // 2
         assert found[half:] == pytest.approx(found[:half], rel=1e-5)
-        assert graphs >= 1
+        assert graphs == segments

@@ -263,7 +263,7 @@ def test_random_plans_use_reshards_of_every_kind() -> None:
 
 
 def test_random_plans_use_every_mode() -> None:
-    calls = ("checkpoint(", "keep_matmuls(", "checkpoint_tiles(", "offload(", "spill(", "query_start=")
+    calls = ("checkpoint(", "selective(", "checkpoint_tiles(", "offload(", "spill(", "query_start=")
     assert {call for call in calls if any(call in drawn_text(case) for case in DRAWN)} == set(calls)
     assert {re.search(r"ZERO = (\d)", drawn_text(case))[1] for case in DRAWN} == set("0123")
 

@@ -1,11 +1,13 @@
 """A program whose layers keep, recompute, keep some, run in tiles or offload trains as the plain model does, over FSDP2 and DTensors."""
 
 import mlp_lm
+import pytest
 from handwritten import check_gradients, check_training, filled, reference_steps, variant
 from procs import run_ranks
 from torch.distributed.tensor import DTensor
 
 from seqloom.runtime import offload as offload_module
+from seqloom.runtime.compiled import compile_blocks
 from seqloom.runtime.mesh import build_mesh
 
 MODES = ("keep", "recompute", "selective", "tiles", "offload")
@@ -62,16 +64,16 @@ def test_gathered_and_split_weights_stay_on_the_device(tmp_path):
         assert segments >= 2 * 4 and mixed >= 2 * 4
 
 
-def _compiled(rank, world_size, folder):
-    program = variant(f"{folder}/{rank}", "segments", MODES=("selective", "tiles"))
+def _compiled(rank, world_size, folder, modes):
+    program = variant(f"{folder}/{rank}", "segments", MODES=modes)
     mesh = build_mesh(program.MESH, 1, "cpu")
     (expected,), _ = reference_steps(False, [[mlp_lm.batch(0)]])
     model = filled(program, mesh, mlp_lm.build().state_dict())
-    for module in model.modules():
-        if isinstance(module, program.BLOCKS):
-            module.compile(backend="aot_eager", fullgraph=True)
+    compile_blocks(model, program, "aot_eager")
     check_gradients(model, program, mesh, [mlp_lm.batch(0)], expected, "compiled")
 
 
-def test_blocks_compile_whole_with_selective_and_tiled_recomputation(tmp_path):
-    run_ranks(_compiled, 2, str(tmp_path))
+@pytest.mark.parametrize("modes", [("selective", "tiles"), ("offload", "recompute"), ("keep", "keep")], ids=" ".join)
+def test_blocks_compile_whole_in_every_mode(modes, tmp_path):
+    """Each of the two segments, and a kept or tiled form of them: no more graphs than that, forward and backward."""
+    run_ranks(_compiled, 2, str(tmp_path), modes)

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from seqloom.checkpoint.slices import local_tensor
 from seqloom.errors import UserError
 from seqloom.runtime import offload
+from seqloom.runtime.compiled import compile_blocks
 from seqloom.runtime.materialize import storage
 from seqloom.runtime.mesh import build_mesh
 from seqloom.runtime.optimizer import build_optimizer, model_and_optimizer_tensors
@@ -118,9 +119,7 @@ def _compiled(rank, world_size, folder):
     mesh = build_mesh(program.MESH, 1, "cpu")
     (expected,), _ = reference_steps(False, [[mlp_lm.batch(0)]])
     model = filled(program, mesh, mlp_lm.build().state_dict())
-    for module in model.modules():
-        if isinstance(module, program.BLOCKS):
-            module.compile(backend="aot_eager", fullgraph=True)
+    compile_blocks(model, program, "aot_eager")
     check_gradients(model, program, mesh, [mlp_lm.batch(0)], expected, "compiled")
 
 

@@ -5,7 +5,7 @@
 | keep | `self.mlp(x)` |
 | recompute | `checkpoint(self.mlp, x, use_reentrant=False)` |
 | recompute in tiles | `checkpoint_tiles(self.mlp, x, tiles=4, in_dims=(1,), out_dims=(1,))` |
-| selective | `checkpoint(self.mlp, x, use_reentrant=False, context_fn=keep_matmuls(0, 1))` |
+| selective | `selective(self.mlp, x, kept=(0, 1))` |
 | spill | `spill(self.mlp, x)`, in tiles as above |
 | offload | `offload(self.mlp, x)` |
 
@@ -23,10 +23,10 @@ from seqloom.plan.modes import KEEP, Mode, kept_matmuls, tile_dims
 from seqloom.plan.plan import PlannedRegion, PlannedSegment
 from seqloom.plan.price import MATMULS
 
-COUNTED = (*MATMULS, "aten.bmm.default", "aten.addmm.default")  # what `keep_matmuls` counts
+COUNTED = (*MATMULS, "aten.bmm.default", "aten.addmm.default")  # what `selective` counts
 IMPORTS = {
     "checkpoint_tiles(": ("seqloom.runtime.tiles", "checkpoint_tiles"),
-    "keep_matmuls(": ("seqloom.runtime.selective", "keep_matmuls"),
+    "selective(": ("seqloom.runtime.selective", "selective"),
     "offload(": ("seqloom.runtime.offload", "offload"),
     "spill(": ("seqloom.runtime.spill", "spill"),
     "axis_rank(": ("seqloom.runtime.mesh", "axis_rank"),
@@ -124,8 +124,9 @@ def _call(planned: PlannedRegion, segment: PlannedSegment, mode: Mode, method: s
         return f"spill(self.{method}, {arguments}{tiles})"
     if tiles:
         return f"checkpoint_tiles(self.{method}, {arguments}{tiles})"
-    kept = f", context_fn=keep_matmuls({', '.join(map(str, _ordinals(planned, segment)))})" if mode.kind == "selective" else ""
-    return f"checkpoint(self.{method}, {arguments}, use_reentrant=False{kept})"
+    if mode.kind == "selective":
+        return f"selective(self.{method}, {arguments}, kept={tuple(_ordinals(planned, segment))!r})"
+    return f"checkpoint(self.{method}, {arguments}, use_reentrant=False)"
 
 
 def _ordinals(planned: PlannedRegion, segment: PlannedSegment) -> list[int]:

@@ -1,8 +1,8 @@
 """Selective recomputation: a segment is recomputed in the backward pass, but for the results of some of its matrix products.
 
-An emitted block writes `checkpoint(self.mlp_forward, x, use_reentrant=False, context_fn=keep_matmuls(0, 1))`: the results of the first
-and the second matrix product of the segment are kept from the forward, everything else is computed again when the backward needs it
-(Korthikanti et al., Reducing Activation Recomputation in Large Transformer Models, arXiv:2205.05198).
+An emitted block writes `selective(self.mlp_forward, x, kept=(0, 1))`: the results of the first and the second matrix product of the
+segment are kept from the forward, everything else is computed again when the backward needs it (Korthikanti et al., Reducing Activation
+Recomputation in Large Transformer Models, arXiv:2205.05198).
 """
 
 from __future__ import annotations
@@ -13,13 +13,30 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext, checkpoint, create_selective_checkpoint_contexts
+
+from seqloom.runtime.compiled import Segment
 
 _aten = torch.ops.aten
 # What `linear`, `matmul`, `einsum` and `@` become where operators run.
 MATMULS = frozenset({_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default, _aten.linear.default})
 
 Contexts = tuple[AbstractContextManager[None], AbstractContextManager[None]]
+
+
+def selective(function: Callable[..., Any], *args: Any, kept: tuple[int, ...]) -> Any:
+    """`function(*args)`, recomputed in the backward pass but for the results of its matrix products with the ordinals `kept`.
+
+    A compiled segment is compiled with its recomputation: what runs inside of a compiled graph cannot be told from outside what to keep.
+    """
+    if isinstance(function, Segment):
+        return function.inside(_selective, kept)(*args)
+    return _selective(function, *args, kept)
+
+
+def _selective(function: Callable[..., Any], *args: Any) -> Any:
+    *args, kept = args
+    return checkpoint(function, *args, use_reentrant=False, context_fn=keep_matmuls(*kept))
 
 
 def keep_matmuls(*indices: int) -> Callable[[], Contexts]:

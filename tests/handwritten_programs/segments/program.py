@@ -13,7 +13,7 @@ from seqloom.runtime.collectives import all_to_all
 from seqloom.runtime.mesh import axis_group
 from seqloom.runtime.offload import offload
 from seqloom.runtime.parameters import declare, local
-from seqloom.runtime.selective import keep_matmuls
+from seqloom.runtime.selective import selective
 from seqloom.runtime.tiles import checkpoint_tiles
 
 MESH = {"sp": 2}
@@ -43,7 +43,7 @@ class Layer(nn.Module):
         elif self.mode == "tiles":
             y = checkpoint_tiles(self.up_forward, x, tiles=2, in_dims=(1,), out_dims=(1,))
         elif self.mode == "selective":
-            y = checkpoint(self.up_forward, x, use_reentrant=False, context_fn=keep_matmuls(0))
+            y = selective(self.up_forward, x, kept=(0,))
         else:
             y = self.up_forward(x)
         if self.mode == "offload":
