@@ -113,6 +113,8 @@ class RehearseArguments:
     """Where; the GPU when not given, the CPU where there is none."""
     steps: int = 5
     """Steps to time, after the warm-up."""
+    compile_blocks: Literal["auto", "on", "off"] = "auto"
+    """Compile the blocks with torch.compile: where the plan counts on it and the device is a GPU, always, never."""
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ def rehearse_command(args: Sequence[str], prog: str) -> int:
     folder = config.program.folder
     from seqloom.runtime.rehearse import run
 
-    return _with_page(folder, run(folder, config.rank, config.device, config.steps))
+    return _with_page(folder, run(folder, config.rank, config.device, config.steps, config.compile_blocks))
 
 
 def report_command(args: Sequence[str], prog: str) -> None:

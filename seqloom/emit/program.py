@@ -99,6 +99,7 @@ def _tables(plan: Plan, tied: Mapping[str, str]) -> str:
         f"ZERO = {plan.storage.zero}",
         f"SHARDED = {sharded_axes(plan)!r}  # the axes among these over which storage is sharded; ranks of the others hold copies",
         f"TIED = {dict(tied)!r}  # alias -> the parameter it shares",
+        f"FUSED = {plan.machine.hardware.rates.fused}  # whether the plan counts on torch.compile for the blocks",
     ]
     attention = attention_axes(plan)
     if attention is not None:

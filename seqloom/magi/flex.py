@@ -23,6 +23,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from seqloom.magi import table as tables
 from seqloom.magi.bands import Band
 from seqloom.magi.kernels import Final, Gradients, accumulate, no_gradients, nothing_yet
+from seqloom.ops.transfer import to_device
 
 BLOCK = 128
 LEAST_HEAD_DIM = 16
@@ -117,8 +118,8 @@ def block_mask(bands: tuple[Band, ...], rows: int, columns: int, device: torch.d
     cells = block_cells(bands, rows, columns)
     full = cells == BLOCK * BLOCK
     mixed = (cells > 0) & ~full
-    lists = [torch.from_numpy(x).to(device)[None, None] for chosen in (mixed, full) for x in _block_lists(chosen)]
-    starts, ends = (torch.from_numpy(x).to(device) for x in intervals(bands, rows))
+    lists = [to_device(torch.from_numpy(x), device)[None, None] for chosen in (mixed, full) for x in _block_lists(chosen)]
+    starts, ends = (to_device(torch.from_numpy(x), device) for x in intervals(bands, rows))
     return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=BLOCK, mask_mod=_inside(starts, ends), seq_lengths=(rows, columns))
 
 

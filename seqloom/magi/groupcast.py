@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from seqloom.ops.transfer import to_device
+
 Range = tuple[int, int]
 
 
@@ -60,7 +62,7 @@ def route(send: Sequence[Sequence[Range]], receive_splits: Sequence[int], device
     lengths = tuple(sum(end - start for start, end in ranges) for ranges in send)
     rows = [np.arange(start, end) for ranges in send for start, end in ranges]
     index = torch.from_numpy(np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64))
-    return Route(index.to(device), lengths, tuple(receive_splits))
+    return Route(to_device(index, device), lengths, tuple(receive_splits))
 
 
 class Flight:

@@ -27,6 +27,7 @@ from seqloom.magi.groupcast import Hops, NodeGroups, route
 from seqloom.magi.mask import AttnMask
 from seqloom.magi.nodes import node_stages
 from seqloom.magi.windows import cut_to_window
+from seqloom.ops.transfer import to_device
 
 KEPT = 64  # runtimes and plans remembered: a few batches ahead, several masks each
 
@@ -238,7 +239,7 @@ def _stages(key: DistAttnRuntimeKey, exchange: Exchange, device: torch.device) -
 @functools.lru_cache(maxsize=KEPT)
 def global_rows(key: DistAttnRuntimeKey, device: torch.device) -> torch.Tensor:
     """Global row of every local row of this rank, int64; those of the padding are `total_seqlen` or more."""
-    return torch.from_numpy(np.ascontiguousarray(key.dispatch.position_ids(key.rank), dtype=np.int64)).to(device)
+    return to_device(torch.from_numpy(np.ascontiguousarray(key.dispatch.position_ids(key.rank), dtype=np.int64)), device)
 
 
 @functools.lru_cache(maxsize=KEPT)
@@ -249,7 +250,7 @@ def places(key: DistAttnRuntimeKey, device: torch.device) -> torch.Tensor:
     for rank in range(key.dispatch.num_ranks):
         rows = key.dispatch.position_ids(rank)
         place[rows] = rank * longest + np.arange(len(rows))
-    return torch.from_numpy(place[: key.total_seqlen]).to(device)
+    return to_device(torch.from_numpy(place[: key.total_seqlen]), device)
 
 
 def longest_rows(key: DistAttnRuntimeKey) -> int:

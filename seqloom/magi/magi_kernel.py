@@ -16,6 +16,7 @@ from torch import Tensor
 from seqloom.magi.bands import Band
 from seqloom.magi.installed import module, refused_on_gpu, refused_package
 from seqloom.magi.kernels import Final, Gradients, accumulate, no_gradients, nothing_yet
+from seqloom.ops.transfer import to_device
 
 PACKAGE = "magi_attention.functional.flex_flash_attn"
 MOST_HEAD_DIM = 128  # the sizes that it compiles are 64 and 128
@@ -93,4 +94,4 @@ def slices(bands: tuple[Band, ...], device: torch.device) -> dict[str, Tensor]:
     """The bands' typed slices: `q_ranges`, `k_ranges` int32 `[slices, 2]` and `attn_type_map` int32 `[slices]`."""
     found = [slice_ for band in bands for slice_ in band.as_slices()]
     columns = zip(("q_ranges", "k_ranges", "attn_type_map"), zip(*found, strict=True), strict=True)
-    return {name: torch.tensor(values, dtype=torch.int32).to(device) for name, values in columns}
+    return {name: to_device(torch.tensor(values, dtype=torch.int32), device) for name, values in columns}

@@ -17,6 +17,7 @@ from torch import Tensor
 from seqloom.errors import UserError
 from seqloom.magi.groupcast import Route, add_rows_, group_cast, group_reduce
 from seqloom.magi.key import DistAttnRuntimeKey, global_rows, longest_rows, places
+from seqloom.ops.transfer import to_device
 
 
 def dispatch(x: Tensor, key: DistAttnRuntimeKey, pad_value: float = 0.0) -> Tensor:
@@ -114,8 +115,8 @@ def _roll_route(key: DistAttnRuntimeKey, shift: int, device: torch.device) -> tu
     order = np.empty(len(mine), dtype=np.int64)
     order[np.argsort(mine, kind="stable")] = np.arange(len(mine))
     way = Route(
-        torch.from_numpy(np.concatenate(sent)).to(device),
+        to_device(torch.from_numpy(np.concatenate(sent)), device),
         tuple(len(rows) for rows in sent),
         tuple(int((mine == rank).sum()) for rank in range(ranks)),
     )
-    return way, torch.from_numpy(order).to(device)
+    return way, to_device(torch.from_numpy(order), device)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from seqloom.magi.bands import BI_CAUSAL, CAUSAL, INV_CAUSAL, Band, Range, Slice
+from seqloom.ops.transfer import to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +102,6 @@ def _meet(one: Range, other: Range) -> bool:
 def _rows(ranges: Sequence[Range], device: torch.device) -> Rows:
     lengths = [end - start for start, end in ranges]
     joined = all(one[1] == other[0] for one, other in zip(ranges, ranges[1:], strict=False))
-    index = None if joined else torch.from_numpy(np.concatenate([np.arange(*range_) for range_ in ranges])).to(device)
-    cu_seqlens = torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32).to(device)
+    index = None if joined else to_device(torch.from_numpy(np.concatenate([np.arange(*range_) for range_ in ranges])), device)
+    cu_seqlens = to_device(torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32), device)
     return Rows(ranges[0][0], ranges[-1][1], index, cu_seqlens, max(lengths))

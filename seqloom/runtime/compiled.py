@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -24,6 +24,15 @@ from seqloom.runtime.program import Program
 
 BACKEND = "inductor"
 Function = Callable[..., Any]
+Choice = Literal["auto", "on", "off"]
+
+
+def compile_as_asked(choice: Choice, model: nn.Module, program: Program, device: torch.device) -> bool:
+    """Compile the blocks if `choice` is "on", or "auto" where the plan counts on it (`FUSED`) and the device is a GPU; says whether."""
+    wanted = choice == "on" or (choice == "auto" and getattr(program, "FUSED", False) and device.type == "cuda")
+    if wanted:
+        compile_blocks(model, program)
+    return wanted
 
 
 def compile_blocks(model: nn.Module, program: Program, backend: str | Function = BACKEND) -> None:

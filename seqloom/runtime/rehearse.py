@@ -13,6 +13,7 @@ import math
 import os
 import platform
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from seqloom.emit import fingerprint as prints
 from seqloom.emit.pipeline import DTYPES
 from seqloom.errors import UserError
 from seqloom.runtime.comparison import Row, table
+from seqloom.runtime.compiled import Choice, compile_as_asked
 from seqloom.runtime.context import typical_batch
 from seqloom.runtime.dryrun import GIB, check_rank, optimizer_state, read_plan
 from seqloom.runtime.initialize import fill_buffers
@@ -55,7 +57,9 @@ Enter = Callable[[Phase], None]
 @dataclass(frozen=True)
 class Rehearsal:
     """Medians over the timed steps of one rank, in seconds: the step and its parts; bytes on the device at most, and what the allocator
-    took for them (None on the CPU); the loss of the last step."""
+    took for them (None on the CPU); the loss of the last step; whether the blocks were compiled; how often
+    the host waited for the GPU inside of a step (None on the CPU).
+    """
 
     rank: int
     device: str
@@ -66,6 +70,8 @@ class Rehearsal:
     peak_bytes: int
     reserved_bytes: int | None
     loss: float
+    compiled: bool = False
+    host_waits: int | None = None
 
 
 class Clock:
@@ -94,16 +100,21 @@ class Clock:
         return spent
 
 
-def run(folder: Path, rank: int | None = None, device_type: str | None = None, steps: int = 5) -> int:
+def run(folder: Path, rank: int | None = None, device_type: str | None = None, steps: int = 5, compile_blocks: Choice = "auto") -> int:
     """Rehearse one rank of the program in `folder` (the last of a scale unit when not given: under a causal mask that is split along the
     sequence it has the most to do), print and write the comparison. Raises `UserError` where rank, device or memory do not allow it."""
     plan = read_plan(folder)
     chosen = prod(plan["mesh"].values()) - 1 if rank is None else rank
-    result = rehearse(folder, chosen, choose_device(device_type), steps)
+    result = rehearse(folder, chosen, choose_device(device_type), steps, compile_blocks)
     (folder / RESULT).write_text(json.dumps(document(plan, result), indent=1) + "\n", encoding="utf-8")
-    print(f"rank {result.rank} on {result.device_name} ({result.device}), planned for {plan['hardware']}; median of {result.steps} steps")
+    print(
+        f"rank {result.rank} on {result.device_name} ({result.device}), planned for {plan['hardware']}; median of {result.steps} steps"
+        f"{', blocks compiled' if result.compiled else ''}"
+    )
     print(table(rows(plan, result), ["measured"]))
     print("predicted without communication: simulated collectives take no time on a wire")
+    if result.host_waits:
+        print(f"the host waits for the GPU {result.host_waits} times in a step, during which it prepares no work")
     return 0
 
 
@@ -116,8 +127,8 @@ def choose_device(device_type: str | None) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def rehearse(folder: Path, rank: int, device: torch.device, steps: int) -> Rehearsal:
-    """Run warm-up and `steps` timed steps of one rank. See `run` for the errors."""
+def rehearse(folder: Path, rank: int, device: torch.device, steps: int, compile_blocks: Choice = "auto") -> Rehearsal:
+    """Run warm-up and `steps` timed steps of one rank, its blocks compiled as `compile_as_asked` says. See `run` for the errors."""
     plan, mark = read_plan(folder), prints.read(folder)
     world = check_rank(folder, plan, rank)
     if steps < 1:
@@ -126,7 +137,7 @@ def rehearse(folder: Path, rank: int, device: torch.device, steps: int) -> Rehea
     config = config_of(mark["config"])
     try:
         with simulated_job(rank, world), _threads_of_a_rank(world):
-            return _rehearse(folder, plan, config, DTYPES[mark["request"]["precision"]], rank, device, steps)
+            return _rehearse(folder, plan, config, DTYPES[mark["request"]["precision"]], rank, device, steps, compile_blocks)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"rank {rank} ran out of memory on {_name(device)} ({str(error).splitlines()[0]}): compile with a lower --memory_gib"
@@ -134,7 +145,14 @@ def rehearse(folder: Path, rank: int, device: torch.device, steps: int) -> Rehea
 
 
 def _rehearse(
-    folder: Path, plan: Mapping[str, Any], config: PretrainedConfig, dtype: torch.dtype, rank: int, device: torch.device, steps: int
+    folder: Path,
+    plan: Mapping[str, Any],
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    rank: int,
+    device: torch.device,
+    steps: int,
+    compile_blocks: Choice,
 ) -> Rehearsal:
     program = load_program(folder)
     mesh = build_mesh(program.MESH, plan["dp"], device.type)
@@ -150,13 +168,16 @@ def _rehearse(
     def step(enter: Enter) -> float:
         return float(run_step(model, program, mesh, optimizer, batches, device, enter)[0])
 
-    on_gpu, counted = device.type == "cuda", 0
-    step(_nobody_listens)
-    if on_gpu:
+    on_gpu, counted, waits = device.type == "cuda", 0, None
+    if not on_gpu:  # counted operator by operator, so in blocks as they are written
         step(_nobody_listens)
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
         counted = _counted_step(model, optimizer, step)
+    compiled = compile_as_asked(compile_blocks, model, program, device)
+    if on_gpu or compiled:
+        step(_nobody_listens)
+    if on_gpu:
+        waits = host_waits(lambda: run_step(model, program, mesh, optimizer, batches, device, _nobody_listens))
+        torch.cuda.reset_peak_memory_stats(device)
     spent, loss = _timed_steps(step, device, steps)
     if not math.isfinite(loss):
         raise UserError(
@@ -172,7 +193,22 @@ def _rehearse(
         peak_bytes=torch.cuda.max_memory_allocated(device) if on_gpu else counted,
         reserved_bytes=torch.cuda.max_memory_reserved(device) if on_gpu else None,
         loss=loss,
+        compiled=compiled,
+        host_waits=waits,
     )
+
+
+def host_waits(run: Callable[[], Any]) -> int:
+    """How often the host waits for the GPU while `run` runs, as PyTorch finds it; explicit `synchronize()` is not counted."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
 
 
 def _nobody_listens(phase: Phase) -> None:
@@ -278,6 +314,8 @@ def document(plan: Mapping[str, Any], result: Rehearsal) -> dict[str, Any]:
         "peak_gib": result.peak_bytes / GIB,
         "reserved_gib": None if result.reserved_bytes is None else result.reserved_bytes / GIB,
         "loss": result.loss,
+        "blocks_compiled": result.compiled,
+        "host_waits": result.host_waits,
         "predicted": {"step_s": sum(expected.values()), "time_s": expected, "peak_gib": plan["peak_memory_gib"]["total"]},
     }
 

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 
 from seqloom.errors import UserError
+from seqloom.ops.transfer import to_device
 from seqloom.runtime.context import Layout, Prepared
 from seqloom.runtime.mesh import DP
 from seqloom.runtime.optimizer import AnyOptimizer, parts_of
@@ -127,7 +128,7 @@ def count_tokens(micro_batches: Sequence[MicroBatch], mesh: DeviceMesh, device: 
     The ranks of a scale unit see the same whole labels, so only `dp` is summed over.
     """
     counts = [(micro_batch["labels"] != IGNORED).sum() for micro_batch in micro_batches]
-    tokens = torch.stack(counts).sum().to(device)
+    tokens = to_device(torch.stack(counts).sum(), device)
     dist.all_reduce(tokens, group=mesh.get_group(DP))
     return tokens
 
@@ -146,7 +147,7 @@ def local_inputs(program: Program, mesh: DeviceMesh, micro_batch: MicroBatch, de
         for dim, axes in enumerate(axes_by_dim):
             parts, index = _coordinate(mesh, axes)
             whole = whole.chunk(parts, dim)[index]
-        inputs[name] = whole.contiguous().to(device, non_blocking=True)
+        inputs[name] = to_device(whole.contiguous(), device)
     return inputs
 
 

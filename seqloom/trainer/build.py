@@ -22,6 +22,7 @@ from seqloom.checkpoint import group
 from seqloom.data.loader import Loader, PackedDataset, open_dataset
 from seqloom.emit.request import CompileRequest
 from seqloom.errors import UserError
+from seqloom.runtime.compiled import compile_as_asked
 from seqloom.runtime.context import Layout
 from seqloom.runtime.materialize import materialize
 from seqloom.runtime.mesh import DP, build_mesh
@@ -43,7 +44,9 @@ PLAN_FILE = "plan.json"
 
 @dataclass(frozen=True)
 class Run:
-    """Everything a run works with. `weights` is the folder they came from, None for random ones; `plan` is the program's plan.json."""
+    """Everything a run works with. `weights` is the folder they came from, None for random ones; `plan` is the program's plan.json;
+    `compiled` says whether the blocks are compiled with torch.compile.
+    """
 
     config: TrainConfig
     program_folder: Path
@@ -57,6 +60,7 @@ class Run:
     loader: Loader
     ahead: Ahead
     model: nn.Module
+    compiled: bool
     optimizer: AnyOptimizer
     train_step: TrainStep
     evaluator: Evaluator | None
@@ -88,6 +92,7 @@ def build(config: TrainConfig, device: torch.device, say: Callable[[str], None],
     mesh = build_mesh(program.MESH, request.dp, device.type)
     compute = DTYPES[request.precision]
     model = materialize(program, mesh, hf_config, weights=weights, seed=config.seed, device=device, compute_dtype=compute)
+    compiled = compile_as_asked(config.compile_blocks, model, program, device)
     settings = config.optimizer
     optimizer = build_optimizer(
         model,
@@ -112,6 +117,7 @@ def build(config: TrainConfig, device: torch.device, say: Callable[[str], None],
         loader=loader,
         ahead=Ahead(loader, Layout(program, mesh)),
         model=model,
+        compiled=compiled,
         optimizer=optimizer,
         train_step=TrainStep(model, program, mesh, optimizer, device, settings.max_grad_norm or None),
         evaluator=held_out and Evaluator(model, program, mesh, device, held_out, request.micro_batch_size, config.evaluation.eval_rows),

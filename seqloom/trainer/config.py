@@ -262,6 +262,8 @@ class TrainConfig:
     """Seed of random weights and of the order of the data."""
     deterministic: bool = False
     """Use deterministic algorithms only, also where they are slower."""
+    compile_blocks: Literal["auto", "on", "off"] = "auto"
+    """Compile the blocks with torch.compile: where the plan counts on it and the device is a GPU, always, never."""
     optimizer: tyro.conf.OmitArgPrefixes[OptimizerConfig] = field(default_factory=OptimizerConfig)
     output: tyro.conf.OmitArgPrefixes[OutputConfig] = field(default_factory=OutputConfig)
     evaluation: tyro.conf.OmitArgPrefixes[EvalConfig] = field(default_factory=EvalConfig)

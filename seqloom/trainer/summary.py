@@ -37,7 +37,7 @@ def summary(run: Run, known: Facts, done: int) -> str:
             f"{plural(loader.micro_batch_size, 'row')} = {known.tokens_per_step:,} tokens of {text.flops(known.flops_per_token)} each",
         ),
         ("run", f"{plural(left, 'step')}{f' after {done}' if done else ''}, {epochs:.2f} epochs in all; {compile_config.precision}"),
-        ("ranks", f"{run.mesh.size()} on {run.device.type}"),
+        ("ranks", f"{run.mesh.size()} on {run.device.type}, blocks {'compiled with torch.compile' if run.compiled else 'as written'}"),
         ("plan", plan_line(run)),
         ("predicted", prediction_line(run.plan, known)),
         ("settings", f"{_settings(run)} (all: {run.config.log_folder / RESOLVED_FILE})"),
