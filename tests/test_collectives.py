@@ -83,6 +83,29 @@ def test_every_row_of_the_table(world_size):
     run_ranks(_whole_table, world_size)
 
 
+def _packed(rank, world_size):
+    """Each tensor and its gradient are those of an all-to-all of its own."""
+    group, generator = dist.group.WORLD, torch.Generator().manual_seed(rank)
+    for i, j in ((1, 2), (2, 1), (0, 2), (3, 1)):
+        shapes = [[3 * world_size if dim == i else 2 * world_size for dim in range(4)] for _ in range(3)]
+        for count, shape in zip((4, 1, 2), shapes, strict=True):
+            shape[j] = count * world_size
+        tensors = [_strided(torch.randn(shape, dtype=torch.float64, generator=generator)) for shape in shapes]
+        alone, together = ([x.clone().requires_grad_() for x in tensors] for _ in range(2))
+        expected = [c.all_to_all(x, j, i, group) for x in alone]
+        found = c.packed_all_to_all(*together, split_dim=j, concat_dim=i - 4, group=group)
+        gradients = [_strided(torch.randn(x.shape, dtype=torch.float64, generator=generator)) for x in expected]
+        torch.autograd.backward(expected, gradients)
+        torch.autograd.backward(found, gradients)
+        for a, b in zip([*expected, *(x.grad for x in alone)], [*found, *(x.grad for x in together)], strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_packed_tensors_travel_as_alone(world_size):
+    run_ranks(_packed, world_size)
+
+
 def _axes(rank, world_size):
     mesh = build_mesh({"sp": 2, "tp": 2}, 1, "cpu")
     assert [axis_group(mesh, "dp").size(), axis_group(mesh, "sp").rank(), axis_group(mesh, "tp").rank()] == [1, rank // 2, rank % 2]
@@ -117,7 +140,9 @@ class _Layer(torch.nn.Module):
         x = c.all_gather(x, 1, self.group, partial_grad=True)
         y = torch.tanh(c.sum_grad(x, self.group) @ c.shard(self.up, 1, self.group))
         y = c.reduce_scatter(y @ c.shard(self.down, 0, self.group), 1, self.group)
-        y = torch.sin(c.all_to_all(y, 2, 1, self.group))
+        y = torch.sin(
+            torch.cat(c.packed_all_to_all(y, 2 * y, split_dim=2, concat_dim=1, group=self.group), 2)[..., : y.size(2) // self.group.size()]
+        )
         y = c.all_to_all(y, 1, 2, self.group)
         return c.all_reduce(c.share_grad(y, self.group).sum(), self.group)
 

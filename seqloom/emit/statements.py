@@ -110,8 +110,9 @@ def statements(scope: Scope, clusters: Sequence[PlannedCluster], leaving: Sequen
     """Source lines that run the clusters and bring the values that leave the block into place."""
     lines: list[str] = []
     for index, planned in enumerate(clusters):
-        for reshard in planned.reshards:
-            lines += reshard_lines(scope, reshard, _needed_later(scope, reshard, clusters[index:], returned))
+        for together in _in_packs(scope, planned.reshards):
+            kept = [_needed_later(scope, reshard, clusters[index:], returned) for reshard in together]
+            lines += _pack_lines(scope, together, kept) if len(together) > 1 else reshard_lines(scope, together[0], kept[0])
         lines += _cluster_lines(scope, planned)
     for reshard in leaving:
         lines += reshard_lines(scope, reshard, False)
@@ -142,6 +143,46 @@ def reshard_lines(scope: Scope, reshard: Reshard, keep_original: bool) -> list[s
     return lines
 
 
+def _in_packs(scope: Scope, reshards: Sequence[Reshard]) -> list[list[Reshard]]:
+    """The reshards in front of a cluster; all-to-alls that follow each other and can travel in one collective stand together."""
+    packs: list[list[Reshard]] = []
+    for reshard in reshards:
+        if packs and _packable(scope, packs[-1][-1], reshard):
+            packs[-1].append(reshard)
+        else:
+            packs.append([reshard])
+    return packs
+
+
+def _packable(scope: Scope, first: Reshard, second: Reshard) -> bool:
+    """Whether both are one all-to-all of the same dimensions over the same axes, of tensors that differ in the dimension it splits only."""
+    if len(first.moves) != 1 or len(second.moves) != 1 or first.value == second.value:
+        return False
+    (one,), (other,) = first.moves, second.moves
+    if (one.src, one.dst, one.axes) != (other.src, other.dst, other.axes) or (one.src.kind, one.dst.kind) != ("S", "S"):
+        return False
+    kinds = []
+    for reshard in (first, second):
+        value = scope.graph.values[reshard.value]
+        shape = list(local_shape(value.shape, reshard.src, scope.plan.machine.sizes))
+        del shape[one.dst.dim]
+        kinds.append((value.dtype, one.dst.dim, shape))
+    return kinds[0] == kinds[1]
+
+
+def _pack_lines(scope: Scope, together: Sequence[Reshard], kept: Sequence[bool]) -> list[str]:
+    """One line for several all-to-alls."""
+    sources = [scope.variables[reshard.value, reshard.src] for reshard in together]
+    targets = []
+    for reshard, source, keep in zip(together, sources, kept, strict=True):
+        targets.append(_fresh(scope, f"{source}_{_suffix(reshard.dst)}") if keep else source)
+        scope.variables[reshard.value, reshard.dst] = targets[-1]
+    call = _collective(scope, together[0].moves[0], ", ".join(sources), packed=True)
+    placed = dict.fromkeys(placement_text(scope, reshard.value, reshard.dst) for reshard in together)
+    cost = milliseconds(sum(reshard.forward_s for reshard in together), sum(reshard.backward_s for reshard in together))
+    return [f"{', '.join(targets)} = {call}  # {', '.join(placed)} {cost}".rstrip()]
+
+
 def _suffix(layout: Layout) -> str:
     return "split" if any(p.kind == "S" for p in layout) else "whole"
 
@@ -155,7 +196,7 @@ def _fresh(scope: Scope, name: str) -> str:
     return candidate
 
 
-def _collective(scope: Scope, move: Move, variable: str) -> str:
+def _collective(scope: Scope, move: Move, variable: str, packed: bool = False) -> str:
     axes = tuple(scope.plan.axis_names[a] for a in move.axes)
     scope.groups[axes] = None
     group = f"self.{group_name(axes)}"
@@ -173,6 +214,7 @@ def _collective(scope: Scope, move: Move, variable: str) -> str:
         ("R", "B"): ("sum_grad", f"group={group}"),
         ("B", "R"): ("share_grad", f"group={group}"),
     }[src.kind, dst.kind]
+    name = f"packed_{name}" if packed else name
     scope.collectives[name] = None
     return f"{name}({variable}, {arguments})"
 

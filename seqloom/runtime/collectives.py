@@ -6,8 +6,9 @@ part of the gradient's sum; `P` each rank with a part of the tensor's sum, the s
 table in docs/architecture.md, and its backward is the transpose of its forward under those meanings.
 
 All take a local tensor and a `ProcessGroup`, work on any dimension and any memory format, and return contiguous copies (`sum_grad` and
-`share_grad`: views). They are made of PyTorch's functional collectives, so that `torch.compile` and fake tensors trace through them.
-Two mesh axes that make the same move together use the group of both (`seqloom.runtime.mesh.axis_group`).
+`share_grad`: views; `packed_all_to_all`: views of one copy). They are made of PyTorch's functional collectives, so that `torch.compile`
+and fake tensors trace through them. Two mesh axes that make the same move together use the group of both
+(`seqloom.runtime.mesh.axis_group`).
 """
 
 from __future__ import annotations
@@ -40,6 +41,18 @@ def all_to_all(x: Tensor, split_dim: int, concat_dim: int, group: ProcessGroup) 
     if group.size() == 1:
         return x
     return _AllToAll.apply(x, split_dim % x.dim(), concat_dim % x.dim(), group)
+
+
+def packed_all_to_all(*tensors: Tensor, split_dim: int, concat_dim: int, group: ProcessGroup) -> tuple[Tensor, ...]:
+    """`all_to_all` of several tensors in one collective, as query, key and value.
+
+    The tensors are alike but for the size of `split_dim`. One copy packs all of them, one unpacks them: the results are views of one
+    tensor, laid along `split_dim`. Backward: one all-to-all the other way.
+    """
+    if group.size() == 1:
+        return tensors
+    rank = tensors[0].dim()
+    return _PackedAllToAll.apply(split_dim % rank, concat_dim % rank, group, *tensors)
 
 
 def all_reduce(x: Tensor, group: ProcessGroup, partial_grad: bool = False) -> Tensor:
@@ -101,6 +114,23 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return _exchanged(grad, ctx.concat_dim, ctx.split_dim, ctx.group), None, None, None
+
+
+class _PackedAllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, split_dim: int, concat_dim: int, group: ProcessGroup, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.split_dim, ctx.concat_dim, ctx.group = split_dim, concat_dim, group
+        ctx.sizes = [x.size(split_dim) // group.size() for x in tensors]
+        pieces = [x.unflatten(split_dim, (group.size(), -1)).movedim(split_dim, 0) for x in tensors]
+        received = _traded(torch.cat(pieces, split_dim + 1), group)
+        return received.movedim(0, concat_dim).flatten(concat_dim, concat_dim + 1).contiguous().split(ctx.sizes, split_dim)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        pieces = [grad.unflatten(ctx.concat_dim, (ctx.group.size(), -1)).movedim(ctx.concat_dim, 0) for grad in grads]
+        received = _traded(torch.cat(pieces, ctx.split_dim + 1), ctx.group).split(ctx.sizes, ctx.split_dim + 1)
+        joined = [x.movedim(0, ctx.split_dim).flatten(ctx.split_dim, ctx.split_dim + 1).contiguous() for x in received]
+        return None, None, None, *joined
 
 
 class _AllReduce(torch.autograd.Function):
@@ -171,9 +201,14 @@ def _pieces(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
 
 
 def _exchanged(x: Tensor, split_dim: int, concat_dim: int, group: ProcessGroup) -> Tensor:
-    ones = [1] * group.size()
-    received = _ops.wait_tensor(_ops.all_to_all_single(_pieces(x, split_dim, group), ones, ones, group.group_name))
+    received = _traded(_pieces(x, split_dim, group), group)
     return received.movedim(0, concat_dim).flatten(concat_dim, concat_dim + 1).contiguous()
+
+
+def _traded(pieces: Tensor, group: ProcessGroup) -> Tensor:
+    """`[n, ...]`, contiguous, by the rank that is to receive -> `[n, ...]` by the rank that sent."""
+    ones = [1] * group.size()
+    return _ops.wait_tensor(_ops.all_to_all_single(pieces.contiguous(), ones, ones, group.group_name))
 
 
 def _summed(x: Tensor, group: ProcessGroup) -> Tensor:
