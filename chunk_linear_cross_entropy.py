@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from custom_ops.chunk_softmax import gradient_of, losses_of, sum_dtype
 from seqloom.errors import UserError
 from seqloom.ops import register_op
 
 
 def _loss_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
-    return torch.float32 if dtypes[0] in (torch.float16, torch.bfloat16) else dtypes[0]
+    return sum_dtype(dtypes[0])
 
 
 def _flops(sizes: Mapping[str, Any]) -> int:
@@ -67,14 +68,11 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_states: Tensor, weight: Tensor, labels: Tensor, padding_idx: int, chunk_size: int) -> Tensor:
         tokens, targets = hidden_states.reshape(-1, hidden_states.shape[-1]), labels.reshape(-1)
-        dtype = _loss_dtype([hidden_states.dtype])
+        dtype = sum_dtype(hidden_states.dtype)
         losses, lse = (torch.empty(targets.shape, dtype=dtype, device=tokens.device) for _ in range(2))
+        counted = targets != padding_idx
         for rows in _chunks(len(targets), chunk_size):
-            logits = (tokens[rows] @ weight.t()).to(dtype)
-            counted = targets[rows] != padding_idx
-            lse[rows] = logits.logsumexp(-1)
-            own = logits.gather(1, _safe(targets[rows], counted)).squeeze(1)
-            losses[rows] = torch.where(counted, lse[rows] - own, 0.0)
+            losses[rows], lse[rows] = losses_of(tokens[rows] @ weight.t(), targets[rows], counted[rows])
         ctx.save_for_backward(hidden_states, weight, labels, lse)
         ctx.padding_idx, ctx.chunk_size = padding_idx, chunk_size
         return losses.view(labels.shape)
@@ -87,8 +85,9 @@ class _ChunkedLoss(torch.autograd.Function):
         d_tokens = torch.empty_like(tokens) if wants_tokens else None
         # Hundreds of chunks add up here: half precision would lose most of the small terms.
         d_weight = torch.zeros_like(weight, dtype=lse.dtype) if wants_weight else None
+        counted = targets != ctx.padding_idx
         for rows in _chunks(len(targets), ctx.chunk_size):
-            d_logits = _logits_grad(tokens[rows], weight, targets[rows], lse[rows], grad[rows], ctx.padding_idx)
+            d_logits = gradient_of(tokens[rows] @ weight.t(), targets[rows], lse[rows], grad[rows], counted[rows])
             if d_tokens is not None:
                 d_tokens[rows] = d_logits @ weight
             if d_weight is not None:
@@ -102,19 +101,6 @@ class _ChunkedLoss(torch.autograd.Function):
         )
 
 
-def _logits_grad(tokens: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, grad: Tensor, padding_idx: int) -> Tensor:
-    """(softmax - one hot) * gradient of the loss, `[chunk, n]`, in the dtype of the tokens."""
-    counted = targets != padding_idx
-    probabilities = (tokens @ weight.t()).to(lse.dtype).sub_(lse[:, None]).exp_()
-    probabilities.scatter_add_(1, _safe(targets, counted), torch.full_like(lse[:, None], -1.0))
-    return probabilities.mul_(torch.where(counted, grad, 0.0)[:, None]).to(tokens.dtype)
-
-
 def _chunks(count: int, size: int) -> Iterator[slice]:
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
-
-
-def _safe(targets: Tensor, counted: Tensor) -> Tensor:
-    """Targets as a column of indices; those that do not count point at class 0."""
-    return torch.where(counted, targets, 0)[:, None]

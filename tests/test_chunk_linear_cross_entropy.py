@@ -1,5 +1,7 @@
 """The chunked loss: exact against the plain one, small in memory, and at home wherever a program runs it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +12,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from chunk_linear_cross_entropy import chunk_linear_cross_entropy
+from custom_ops import chunk_softmax
+from custom_ops.chunk_softmax import use_path
 from seqloom.errors import UserError
 from seqloom.graph import Ref
 from seqloom.ops.check import check_op
@@ -221,3 +225,42 @@ def test_every_choice_computes_the_same():
     expected = results(plain, hidden_states, weight, labels, PAD)
     for chunk in choices_of("chunk_linear_cross_entropy:chunk_linear_cross_entropy")["chunk_size"]:
         torch.testing.assert_close(results(chunk_linear_cross_entropy, hidden_states, weight, labels, PAD, chunk), expected)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+def test_the_compiled_path_computes_the_same(dtype, tolerance):
+    """Also where a label is padding, where padding is a class, and in a last chunk of another size."""
+    torch._dynamo.reset()
+    for padding_idx in (PAD, 3):
+        hidden_states, weight, labels = make(2, 9, 8, 40, dtype, padding_idx=padding_idx)
+        expected = results(chunk_linear_cross_entropy, hidden_states, weight, labels, padding_idx, 5)
+        with use_path("compiled"):
+            found = results(chunk_linear_cross_entropy, hidden_states, weight, labels, padding_idx, 5)
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_the_faster_path_is_taken_on_a_gpu_and_told(monkeypatch, caplog):
+    logits = SimpleNamespace(is_cuda=True, device=torch.device("cpu"), dtype=torch.float32, shape=(4, 6))
+    seconds = {"plain": 2e-3, "compiled": 1e-3}
+    monkeypatch.setattr(chunk_softmax, "_seconds", lambda logits, path: seconds[path])
+    with caplog.at_level("INFO"):
+        assert chunk_softmax.path_of(logits) == "compiled"
+    assert caplog.messages == ["loss head, 4 x 6 logits a chunk on cpu: path 'compiled' (plain 2.00 ms, compiled 1.00 ms)"]
+    seconds["plain"] = 0.0
+    assert chunk_softmax.path_of(logits) == "compiled"  # measured once
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert chunk_softmax.path_of(logits) == "plain"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_without_a_compiler_the_loss_says_so_and_goes_on(monkeypatch, caplog):
+    def fails(logits, path):
+        if path == "compiled":
+            raise RuntimeError("no Triton here\nand more")
+        return 1.0
+
+    monkeypatch.setattr(chunk_softmax, "_seconds", fails)
+    assert chunk_softmax.path_of(SimpleNamespace(is_cuda=True, device=torch.device("cpu"), dtype=torch.float32, shape=(2, 3))) == "plain"
+    assert "path 'plain', which is slow, as torch.compile fails (no Triton here)" in caplog.text

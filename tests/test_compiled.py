@@ -23,6 +23,7 @@ from seqloom.runtime import rehearse
 from seqloom.runtime.compiled import Segment, compile_as_asked, compile_blocks, segment_names
 from seqloom.runtime.mesh import build_mesh
 from seqloom.runtime.optimizer import build_optimizer
+from seqloom.runtime.selective import selective
 from seqloom.runtime.step import TrainStep
 
 CPU = torch.device("cpu")
@@ -106,6 +107,28 @@ def test_one_graph_serves_all_equal_blocks():
     compile_blocks(model, program(Block, Whole), counter)
     assert torch.equal(model(x), expected)
     assert counter.frame_count == 3
+
+
+def test_graphs_of_different_segments_do_not_add_up_to_too_many():
+    """`torch.compile` counts the graphs of one code, and gives up beyond a limit."""
+    torch._dynamo.reset()
+    kinds = []
+    for count in range(2 * torch._dynamo.config.recompile_limit):
+        source = (
+            f"def segment(self, x):\n    return (x * {count}).sin()\ndef forward(self, x):\n    return selective(self.segment, x, kept=())"
+        )
+        names = {"selective": selective}
+        exec(source, names)
+        kinds.append(type(f"Kind{count}", (nn.Module,), {name: names[name] for name in ("segment", "forward")}))
+    model, x = nn.Sequential(*[kind() for kind in kinds]), torch.ones(3, requires_grad=True)
+    expected = model(x)
+    compile_blocks(model, program(*kinds), "eager")
+    assert torch.equal(model(x), expected)
+    with torch.no_grad():
+        assert torch.equal(model(x), expected)
+    for kind in kinds:
+        kind.forward = lambda self, x: self.segment(x)
+    assert torch.equal(model(x), expected)
 
 
 def test_what_cannot_be_compiled_is_told_in_a_sentence():

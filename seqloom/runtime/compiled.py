@@ -75,12 +75,13 @@ class Segment:
 
 @functools.cache
 def _compiled(method: Function, backend: str | Function, mode: Function | None = None, options: tuple[Any, ...] = ()) -> Function:
-    """The compiled function of a segment: one for all blocks of a class, as `torch.compile` keeps its graphs by function."""
+    """The compiled function of a segment: one for all blocks of a class, as `torch.compile` keeps its graphs by code."""
+    if mode is None:
+        return torch.compile(method, fullgraph=True, dynamic=False, backend=backend)
 
     def segment(block: nn.Module, *args: Any) -> Any:
-        if mode is None:
-            return method(block, *args)
         return mode(functools.partial(method, block), *args, *options)
 
-    segment.__name__ = segment.__qualname__ = method.__qualname__
+    # A code of its own: graphs are counted by code, and too many of one are an error.
+    segment.__code__ = segment.__code__.replace(co_name=f"{method.__name__}_{mode.__name__.strip('_')}")
     return torch.compile(segment, fullgraph=True, dynamic=False, backend=backend)
