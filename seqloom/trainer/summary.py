@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _SAID = ("model_id", "dataset_path", "name", "plan_ngpus", "runtime_ngpus", "output_folder", "checkpoint_dir", "log_dir", "resume_path")
 """Settings that other lines of the table tell of."""
+_COMPILED, _AS_WRITTEN = "blocks compiled with torch.compile, which the first step waits for", "blocks as written"
 
 
 def summary(run: Run, known: Facts, done: int) -> str:
@@ -37,7 +38,7 @@ def summary(run: Run, known: Facts, done: int) -> str:
             f"{plural(loader.micro_batch_size, 'row')} = {known.tokens_per_step:,} tokens of {text.flops(known.flops_per_token)} each",
         ),
         ("run", f"{plural(left, 'step')}{f' after {done}' if done else ''}, {epochs:.2f} epochs in all; {compile_config.precision}"),
-        ("ranks", f"{run.mesh.size()} on {run.device.type}, blocks {'compiled with torch.compile' if run.compiled else 'as written'}"),
+        ("ranks", f"{run.mesh.size()} on {run.device.type}, {_COMPILED if run.compiled else _AS_WRITTEN}"),
         ("plan", plan_line(run)),
         ("predicted", prediction_line(run.plan, known)),
         ("settings", f"{_settings(run)} (all: {run.config.log_folder / RESOLVED_FILE})"),
