@@ -133,6 +133,7 @@ def torchtitan(task: Mapping[str, Any]) -> tuple[Step, dict[str, Any]]:
 
 CONTENDERS: Mapping[str, Callable[[Mapping[str, Any]], tuple[Step, dict[str, Any]]]] = {
     "seqloom": seqloom,
+    "seqloom_lean": seqloom,
     "huggingface": huggingface,
     "torchtitan": torchtitan,
     "huggingface_fp32": huggingface_fp32,

@@ -56,7 +56,8 @@ TOY_POWERS = (256, 512, 1024)
 PARTS, TOY_PARTS = 8, 2  # of the way from a power to the next
 TOY_GIB = 0.0066
 MOST_TRIES, TOY_TRIES = 4, 1  # in one direction
-COMPILE_S = 120.0
+COMPILE_S = 75.0  # on an idle machine; a search that takes longer counts as one that finds nothing
+AT_ONCE = 4  # powers; longer ones are looked at only where these fit
 TRUE_STEP_S = 30.0  # a predicted step that is longer runs attention in pieces
 PIECE, TOY_PIECE = 4096, 16
 CORES_A_COMPILE = 3
@@ -124,7 +125,10 @@ class Search:
     def predict(self) -> int | None:
         """The longest sequence that has a plan; None where the shortest has none."""
         powers = TOY_POWERS if self.toy else POWERS
-        self.compile(powers)
+        for first in range(0, len(powers), AT_ONCE):
+            self.compile(powers[first : first + AT_ONCE])
+            if not self.fits(powers[min(first + AT_ONCE, len(powers)) - 1]):
+                break
         fits = [length for length in powers if self.fits(length)]
         if not fits:
             return None
