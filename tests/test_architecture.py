@@ -144,6 +144,12 @@ def test_local_folder(tmp_path):
     assert resolve_config(str(tmp_path)).hidden_size == 32
 
 
+def test_local_folder_needs_no_datasets(tmp_path, monkeypatch):
+    resolve_config("llama3_1b").save_pretrained(tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert resolve_config(str(tmp_path)).hidden_size == 2048
+
+
 def test_local_folder_wins_over_a_name(tmp_path, monkeypatch):
     tiny_config().save_pretrained(tmp_path / "gpt2")
     monkeypatch.chdir(tmp_path)

@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from types import ModuleType
 
 PROBE_SECONDS = 5.0
 
@@ -34,13 +35,24 @@ def hub_reachable() -> bool:
 @contextmanager
 def hub_clients(local_only: bool = False) -> Iterator[None]:
     """Inside, `transformers` and `datasets` use their caches only if `local_only` or if the hub does not answer."""
-    import datasets.config
-    from huggingface_hub import constants
-
-    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    clients = _settings()
+    before = [client.HF_HUB_OFFLINE for client in clients]
     if local_only or not hub_reachable():
-        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+        for client in clients:
+            client.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
-        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+        for client, offline in zip(clients, before, strict=True):
+            client.HF_HUB_OFFLINE = offline
+
+
+def _settings() -> list[ModuleType]:
+    """The modules in which clients of the hub keep their settings; a machine that only compiles and runs needs no `datasets`."""
+    from huggingface_hub import constants
+
+    try:
+        import datasets.config
+    except ImportError:
+        return [constants]
+    return [constants, datasets.config]
