@@ -31,6 +31,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def seqloom(task: Mapping[str, Any]) -> tuple[Step, dict[str, Any]]:
     """The compiled program of one rank in the project's own step: fp32 masters, computed in the precision that is asked for."""
     from seqloom.capture.architecture import resolve_config
+    from seqloom.runtime.compiled import compile_as_asked
     from seqloom.runtime.materialize import materialize
     from seqloom.runtime.mesh import build_mesh, init_distributed
     from seqloom.runtime.optimizer import build_optimizer
@@ -45,8 +46,9 @@ def seqloom(task: Mapping[str, Any]) -> tuple[Step, dict[str, Any]]:
     config, weights = resolve_config(task["compile"]["model_id"]), task.get("weights")
     dtype = DTYPES[task["compile"]["precision"]]
     model = materialize(program, mesh, config, weights=weights and Path(weights), seed=0, device=device, compute_dtype=dtype)
+    compiled = compile_as_asked("auto", model, program, device)
     step = TrainStep(model, program, mesh, build_optimizer(model, task["lr"], BETAS), device, MAX_GRAD_NORM)
-    return lambda rows: step([rows]).loss, {"plan": brief(plan)}
+    return lambda rows: step([rows]).loss, {"plan": brief(plan), "blocks_compiled": compiled}
 
 
 def huggingface(task: Mapping[str, Any]) -> tuple[Step, dict[str, Any]]:
