@@ -23,12 +23,13 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import flex_attention as torch_flex
 
 from seqloom.errors import UserError
-from seqloom.magi import choose, installed
+from seqloom.magi import choose
 from seqloom.magi.bands import Band
 from seqloom.magi.choose import KERNELS, choose_kernel, in_many_pieces
 from seqloom.magi.flex import BLOCK, block_cells, block_mask, intervals
 from seqloom.magi.kernels import Final, Kernel, determinism, merge_
 from seqloom.magi.varlen import calls
+from seqloom.ops import installed
 
 CPU = torch.device("cpu")
 HEADS, KV_HEADS, DIM = 4, 2, 8

@@ -23,9 +23,9 @@ import torch
 
 from seqloom.cost.fields import Fields
 from seqloom.errors import UserError
+from seqloom.ops.kernel_rates import FOLDER, AttentionRate
 
 GIB = 2**30
-FOLDER = Path(__file__).resolve().parents[2] / "configs" / "hardware"  # beside the package, in a checkout and installed alike
 CollectiveKind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
 
 
@@ -42,14 +42,6 @@ class Link:
     ranks_per_group: int
     latency_s: float
     bandwidth_bytes_per_s: float
-
-
-@dataclass(frozen=True)
-class AttentionRate:
-    """Achieved fraction of peak FLOPS of one attention kernel on long sequences, of the FLOPs that a causal mask leaves."""
-
-    forward: float
-    backward: float
 
 
 @dataclass(frozen=True)
