@@ -42,7 +42,6 @@ def nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for cache in caches:
         cache.cache_clear()
     yield
-    follow_plan(None, {}, "")
     for cache in caches:
         cache.cache_clear()
 
@@ -143,8 +142,7 @@ def test_a_cpu_never_warns():
 
 def test_it_is_said_once_a_kind_and_by_rank_0(here, caplog, monkeypatch):
     here("cudnn", "flash2")
-    follow_plan("flash3", H100, "the plan's hardware")
-    with caplog.at_level(logging.INFO, logger=kernels.__name__):
+    with follow_plan("flash3", H100, "the plan's hardware"), caplog.at_level(logging.INFO, logger=kernels.__name__):
         for head_size in (64, 128, 64):
             assert kernel_for(Kind(CUDA, HALF, head_size, False)) == "cudnn"
     assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
@@ -184,9 +182,10 @@ def test_rates_of_the_device_are_used_where_no_plan_gives_any(here, monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
     assert kernel_for(KIND) == "flash2"  # the only one with rates
-    follow_plan(None, H100, "mine.json")
-    assert kernel_for(KIND) == "cudnn"
-    assert kernels.known_rates(CUDA, HALF) == H100
+    with follow_plan(None, H100, "mine.json"):
+        assert kernel_for(KIND) == "cudnn"
+        assert kernels.known_rates(CUDA, HALF) == H100
+    assert kernel_for(KIND) == "flash2"
 
 
 def test_time_is_that_of_both_passes():
@@ -236,8 +235,7 @@ def test_a_kernel_that_cannot_run_is_one_sentence(name, words, monkeypatch):
 
 def test_among_leaves_out_wishes_for_others(here):
     here("cudnn", "flash2", "efficient")
-    follow_plan("cudnn", H100, "mine.json")
-    with use_kernel("cudnn"):
+    with follow_plan("cudnn", H100, "mine.json"), use_kernel("cudnn"):
         assert kernel_for(KIND, kernels.ANY_SHAPE) == "flash2"
 
 

@@ -142,11 +142,13 @@ class _Wished:
     now = Wish()
 
 
-def follow_plan(kernel: str | None, rates: Rates, source: str) -> None:
-    """From now on attention runs with the kernel that a plan was made for, where it is present; `rates` are those of the plan's hardware,
+@contextmanager
+def follow_plan(kernel: str | None, rates: Rates, source: str) -> Iterator[None]:
+    """Inside, attention runs with the kernel that a plan was made for, where it is present; `rates` are those of the plan's hardware,
     which messages call `source`. None and no rates: as without a plan.
     """
-    _Wished.now = replace(_Wished.now, planned=kernel, rates=tuple(rates.items()), source=source)
+    with _wishing(replace(_Wished.now, planned=kernel, rates=tuple(rates.items()), source=source)):
+        yield
 
 
 @contextmanager
@@ -156,8 +158,13 @@ def use_kernel(name: str | None) -> Iterator[None]:
     """
     if name is not None:
         _check_name(name, f"use_kernel({name!r})")
-    before = _Wished.now
-    _Wished.now = replace(before, asked=name, how=f"use_kernel({name!r})" if name else "")
+    with _wishing(replace(_Wished.now, asked=name, how=f"use_kernel({name!r})" if name else "")):
+        yield
+
+
+@contextmanager
+def _wishing(wished: Wish) -> Iterator[None]:
+    before, _Wished.now = _Wished.now, wished
     try:
         yield
     finally:
