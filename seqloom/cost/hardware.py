@@ -49,7 +49,7 @@ class Arithmetic:
     """Achieved fractions of the peak FLOPS of one dtype.
 
     `matmul`: (smallest of m, n, k; fraction), dimensions rising; between two points the fraction is linear.
-    `attention`: kernel name -> rates; the first kernel is the one that every PyTorch has on this machine.
+    `attention`: kernel name -> rates; plans are made for the first kernel where no other is asked for, and runs choose by the rates.
     """
 
     matmul: tuple[tuple[int, float], ...]
