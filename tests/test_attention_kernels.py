@@ -282,6 +282,27 @@ def test_packages_of_another_release_are_refused(monkeypatch):
     assert KERNELS["flash4"].refusal(KIND).endswith("and the installed flash_attn has another interface")
 
 
+@pytest.mark.parametrize(
+    ("mask", "takers"), [({"window": True}, {"flash3", "flash4", "flash2"}), ({"softcap": True}, {"flash3"}), ({}, {*KERNELS})], ids=str
+)
+def test_masks_that_a_kernel_lacks_refuse_it(mask, takers):
+    kind = KIND._replace(**mask)
+    lacking = {name for name, kernel in KERNELS.items() if Kernel(lambda _: None, True, kernel.window, kernel.softcap).refusal(kind)}
+    assert lacking == {*KERNELS} - takers
+    with pytest.raises(UserError, match="use_kernel\\('flash'\\): kernel 'flash' has no sliding window"), use_kernel("flash"):
+        attention(*make(1, 1, 1, 8, 8, 8), 0.3, window=2)
+
+
+def test_a_plan_for_a_kernel_without_windows_is_warned_of(here):
+    here("cudnn", "flash2")
+    found = {name: Kernel(kernel.refuses, kernel.grouped, KERNELS[name].window) for name, kernel in kernels.KERNELS.items()}
+    choice = choose(
+        KIND._replace(window=True), Wish(planned="cudnn"), {name: k.refusal(KIND._replace(window=True)) for name, k in found.items()}
+    )
+    assert choice.kernel == "flash2" and choice.warning
+    assert "grouped heads, sliding window: the plan is for kernel 'cudnn', which has no sliding window; kernel 'flash2'" in choice.sentence
+
+
 @pytest.mark.parametrize(("name", "shared"), [("cudnn", True), ("flash2", True), ("efficient", False)])
 def test_pytorch_is_asked_with_small_tensors_of_the_kind(name, shared, monkeypatch):
     asked, empty = [], torch.empty
@@ -413,6 +434,35 @@ def test_nothing_is_copied_around_a_kernel(kernel, start, options, layout, monke
         assert output.transpose(1, 2).is_contiguous(), "as the projection after it reads it"
 
 
+@pytest.mark.parametrize("start", [0, 50, 128])
+@pytest.mark.parametrize("size", [64, 20])
+@pytest.mark.parametrize("layout", [as_models_pass_it, side_by_side])
+def test_a_window_is_one_call_of_flash_attention_over_the_keys_within_it(start, size, layout, monkeypatch):
+    """On meta tensors: its window ends at the last key, as documented for keys that are more than the queries."""
+    monkeypatch.setattr(fused, "_kernel_name", lambda *_: "flash2")
+    monkeypatch.setattr(fused, "_ATEN", Recorder())
+    query, key, value = (layout(heads, length, "meta")[..., :size].requires_grad_() for heads, length in ((8, 128), (2, 256), (2, 256)))
+    output = attention(query, key, value, 0.1, window=30, query_start=start)
+    found = torch.autograd.grad(output, (query, key, value), torch.empty_like(output))
+    assert output.shape == query.shape and [x.shape for x in found] == [query.shape, key.shape, value.shape]
+    (rows, lengths, options), first = fused._ATEN.calls[0], max(0, start - 29)
+    width = -(-size // 8) * 8
+    assert rows == [(1, 128, 8, width), *[(1, start + 128 - first, 2, width)] * 2]
+    assert lengths == [None, None, 128, start + 128 - first, 0.0, False, False]
+    assert options == {"scale": 0.1, "window_size_left": 29, "window_size_right": 0}
+
+
+class Recorder:
+    """PyTorch's flash attention, which notes how it is called."""
+
+    def __init__(self) -> None:
+        self.calls: list = []
+
+    def _flash_attention_forward(self, *args, **options):
+        self.calls.append(([tuple(x.shape) for x in args[:3]], list(args[3:]), options))
+        return torch.ops.aten._flash_attention_forward(*args, **options)
+
+
 def test_heads_are_repeated_only_for_the_kernel_that_knows_no_groups():
     query, key, value = make(1, 2, 3, 4, 4, 8)
     for kernel in ("cudnn", "flash2", "flash3", "flash4", "flash"):
@@ -430,39 +480,42 @@ def test_flash2_pads_head_sizes_that_no_kernel_has():
 # --- packages --------------------------------------------------------------------------------------------------------------------
 
 
-def visible(rows: int, columns: int, causal: bool) -> Tensor:
-    """Causal masks of these packages end at the last key."""
-    place = torch.arange(rows)[:, None] + columns - rows
-    return (torch.arange(columns) <= place) | (not causal)
+def visible(rows: int, columns: int, causal: bool, left: int, right: int) -> Tensor:
+    """The masks of these packages end at the last key; -1 is an open side."""
+    place, right = torch.arange(rows)[:, None] + columns - rows, 0 if causal else right
+    j = torch.arange(columns)
+    return ((j <= place + right) | (right < 0)) & ((j >= place - left) | (left < 0))
 
 
-def batch_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+def batch_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
     """Output `[b, l, heads, e]` and log-sum-exp `[b, heads, l]` of dense attention."""
     assert all(x.stride(-1) == 1 for x in (q, k, v))
-    parts = [dense_forward(*x, visible(q.shape[1], k.shape[1], causal), scale, 0.0) for x in zip(q, k, v, strict=True)]
+    parts = [dense_forward(*x, mask, scale, softcap) for x in zip(q, k, v, strict=True)]
     return torch.stack([out for out, _ in parts]).to(q.dtype), torch.stack([lse.t() for _, lse in parts]).float()
 
 
-def batch_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool) -> list[Tensor]:
-    """Gradients of q, k and v."""
-    assert lse.is_contiguous() and lse.dtype == torch.float32 and all(x.stride(-1) == 1 for x in (dout, q, k, v, out))
-    mask = visible(q.shape[1], k.shape[1], causal)
-    rows = zip(dout, q, k, v, out, lse.transpose(1, 2), strict=True)
-    return [torch.stack(x) for x in zip(*(dense_backward(*given, mask, scale, 0.0) for given in rows), strict=True)]
+def batch_backward(given: tuple[Tensor, ...], mask: Tensor, scale: float, softcap: float) -> list[Tensor]:
+    """Gradients of q, k and v, given the gradient, q, k, v, the output and the log-sum-exp."""
+    *rows, lse = given
+    assert lse.is_contiguous() and lse.dtype == torch.float32 and all(x.stride(-1) == 1 for x in rows)
+    parts = [dense_backward(*one, mask, scale, softcap) for one in zip(*rows, lse.transpose(1, 2), strict=True)]
+    return [torch.stack(x) for x in zip(*parts, strict=True)]
 
 
 def flash_attn_3(log: list) -> types.ModuleType:
     """The functions of FlashAttention 3 with the parameters that are passed, named as the package names them."""
 
-    def _flash_attn_forward(q, k, v, softmax_scale=None, causal=False, window_size_left=-1, window_size_right=-1):
-        out, lse = batch_forward(q, k, v, softmax_scale, causal)
-        return out, lse, torch.empty(0), torch.empty(0)
+    def _flash_attn_forward(q, k, v, softmax_scale=None, causal=False, window_size_left=-1, window_size_right=-1, softcap=0.0):
+        mask = visible(q.shape[1], k.shape[1], causal, window_size_left, window_size_right)
+        return *batch_forward(q, k, v, mask, softmax_scale, softcap), torch.empty(0), torch.empty(0)
 
-    def _flash_attn_backward(dout, q, k, v, out, softmax_lse, dq=None, dk=None, dv=None, softmax_scale=None, is_causal=False,
-                             deterministic=False):  # fmt: skip
+    def _flash_attn_backward(
+        dout, q, k, v, out, softmax_lse, dq=None, dk=None, dv=None, softmax_scale=None, is_causal=False, window_size_left=-1,
+        window_size_right=-1, softcap=0.0, deterministic=False,
+    ):  # fmt: skip
         log.append(deterministic)
-        found = batch_backward(dout, q, k, v, out, softmax_lse, softmax_scale, is_causal)
-        for into, part in zip((dq, dk, dv), found, strict=True):
+        mask = visible(q.shape[1], k.shape[1], is_causal, window_size_left, window_size_right)
+        for into, part in zip((dq, dk, dv), batch_backward((dout, q, k, v, out, softmax_lse), mask, softmax_scale, softcap), strict=True):
             into.copy_(part)
         return torch.empty(0)
 
@@ -470,15 +523,21 @@ def flash_attn_3(log: list) -> types.ModuleType:
 
 
 def flash_attn_4(log: list) -> types.ModuleType:
-    """Those of FlashAttention 4: gradients are returned."""
+    """Those of FlashAttention 4: an open side is None, and gradients are returned."""
 
-    def _flash_attn_fwd(q, k, v, softmax_scale=None, causal=False, return_lse=False):
+    def mask_of(q: Tensor, k: Tensor, causal: bool, left: int | None, right: int | None) -> Tensor:
+        return visible(q.shape[1], k.shape[1], causal, *(-1 if side is None else side for side in (left, right)))
+
+    def _flash_attn_fwd(q, k, v, softmax_scale=None, causal=False, window_size_left=None, window_size_right=None, return_lse=False):
         assert return_lse
-        return batch_forward(q, k, v, softmax_scale, causal)
+        return batch_forward(q, k, v, mask_of(q, k, causal, window_size_left, window_size_right), softmax_scale, 0.0)
 
-    def _flash_attn_bwd(q, k, v, out, dout, lse, softmax_scale=None, causal=False, deterministic=False):
+    def _flash_attn_bwd(
+        q, k, v, out, dout, lse, softmax_scale=None, causal=False, window_size_left=None, window_size_right=None, deterministic=False
+    ):
         log.append(deterministic)
-        found = batch_backward(dout, q, k, v, out, lse, softmax_scale, causal)
+        mask = mask_of(q, k, causal, window_size_left, window_size_right)
+        found = batch_backward((dout, q, k, v, out, lse), mask, softmax_scale, 0.0)
         return tuple(part.to(x.dtype).contiguous() for part, x in zip(found, (q, k, v), strict=True))
 
     return package(kernels.PACKAGE_4, _flash_attn_fwd=_flash_attn_fwd, _flash_attn_bwd=_flash_attn_bwd)
@@ -492,11 +551,18 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list:
     return noted
 
 
+MASKS = [{"window": 3}, {"window": 1}, {"softcap": 1.5}, {"softcap": 1.5, "window": 4}, {"softcap": 1.5, "causal": False}]
+
+
 @pytest.mark.parametrize("kernel", PACKAGES)
-@pytest.mark.parametrize(("start", "options"), [(0, {}), (0, {"causal": False}), (5, {})], ids=str)
+@pytest.mark.parametrize(
+    ("start", "options"), [(0, {}), (0, {"causal": False}), (5, {}), *((start, mask) for start in (0, 5) for mask in MASKS)], ids=str
+)
 @pytest.mark.parametrize("transposed", [True, False])
 def test_packages_by_their_conventions(kernel, start, options, transposed, log, here, monkeypatch):
     """As published by each: layout, order and names of arguments, causal masks that end at the last key, grouped heads."""
+    if "softcap" in options and not KERNELS[kernel].softcap:
+        return
     monkeypatch.setattr(fused, "_kernel_name", lambda *_: kernel)
     tensors = make(2, 2, 3, 12, 12, 8, dtype=torch.float32)
     if transposed:
@@ -519,7 +585,7 @@ def test_packages_are_single_operators_of_a_compiled_graph(kernel, log):
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(results(compiled, tensors), results(run, tensors))
     torch.library.opcheck(
-        torch.ops.seqloom.package_forward.default, (*(x.transpose(1, 2) for x in tensors), kernel, 0.3, True), atol=1e-5, rtol=1e-5
+        torch.ops.seqloom.package_forward.default, (*(x.transpose(1, 2) for x in tensors), kernel, 0.3, True, 0, 0.0), atol=1e-5, rtol=1e-5
     )
 
 
@@ -536,11 +602,16 @@ def test_packages_add_in_one_order_where_pytorch_does(kernel, log):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kernel", [name for name in KERNELS if name != "flash"])
-@pytest.mark.parametrize(("start", "options"), [(0, {}), (0, {"causal": False}), (300, {})], ids=str)
+@pytest.mark.parametrize(
+    ("start", "options"),
+    [(0, {}), (0, {"causal": False}), (300, {}), *((start, mask) for start in (0, 300) for mask in ({"window": 100}, {"softcap": 2.0}))],
+    ids=str,
+)
 def test_on_a_real_gpu_every_kernel_that_is_present_agrees(kernel, start, options):
     query, key, value = (x.detach().to("cuda", HALF).requires_grad_() for x in make(2, 2, 4, 512, 512, 64))
-    if KERNELS[kernel].refusal(Kind(query.device, HALF, 64, True)) is not None:
-        pytest.skip(KERNELS[kernel].refusal(Kind(query.device, HALF, 64, True)))
+    refusal = KERNELS[kernel].refusal(Kind(query.device, HALF, 64, True, window="window" in options, softcap="softcap" in options))
+    if refusal is not None:
+        pytest.skip(refusal)
     rows = query[:, :, start:].detach().requires_grad_()
     grad = torch.randn(rows.shape, dtype=HALF, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     with use_kernel(kernel):

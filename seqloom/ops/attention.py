@@ -5,9 +5,10 @@ attention), so a split of the heads gives each piece whole groups. The positions
 keys and values and is told where it starts (`query_start`), so that its causal mask is right. Those of the keys are frozen.
 
 Plain causal or full attention is one call of a fused kernel (`seqloom.ops.kernels` says which), with memory linear in the number of
-positions; a later piece of the queries takes two calls (`seqloom.ops.fused`). A sliding window or a soft cap, which these lack, takes the
-explicit path below: queries in chunks, each against the keys it can see, recomputed in the backward pass from the log-sum-exp (Dao et
-al., FlashAttention, arXiv:2205.14135), so that no l x l matrix exists.
+positions; a later piece of the queries takes two calls (`seqloom.ops.fused`). A sliding window is one call of flash attention on a GPU, a
+soft cap one of FlashAttention 3 where it is installed. Where no fused kernel takes the tensors and the mask, as on CPUs, the explicit path
+below does: queries in chunks, each against the keys it can see, recomputed in the backward pass from the log-sum-exp (Dao et al.,
+FlashAttention, arXiv:2205.14135), so that no l x l matrix exists.
 """
 
 from __future__ import annotations
@@ -99,9 +100,10 @@ def attention(
     """
     _check(query, key, causal, window, softcap, query_start)
     seen = query_start + query.shape[2] if causal else key.shape[2]
-    if softcap is None and (window is None or window >= seen):
+    window = None if window is None or window >= seen else window
+    if softcap is None and window is None:
         return _fused(query, key, value, scale, causal, query_start)
-    return _ChunkedAttention.apply(query, key, value, scale, causal, window, softcap, query_start)
+    return _masked(query, key, value, scale, causal, window, softcap, query_start)
 
 
 def _check(query: Tensor, key: Tensor, causal: bool, window: int | None, softcap: float | None, query_start: int) -> None:
@@ -133,6 +135,16 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool
     if causal and query.shape[2] < key.shape[2]:  # the first piece of the queries sees the first keys only
         key, value = (x[:, :, : query.shape[2]] for x in (key, value))
     return plain_attention(query, key, value, scale, causal, kernel)
+
+
+def _masked(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, window: int | None, softcap: float | None, query_start: int
+) -> Tensor:
+    from seqloom.ops.fused import kernel_for, masked_attention  # where it runs, as above
+
+    options = (scale, causal, window, softcap, query_start)
+    kernel = kernel_for(query, key, window=window is not None, softcap=softcap is not None)
+    return _ChunkedAttention.apply(query, key, value, *options) if kernel is None else masked_attention(query, key, value, *options, kernel)
 
 
 # --- the explicit path -----------------------------------------------------------------------------------------------------------

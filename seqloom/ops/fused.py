@@ -29,22 +29,30 @@ _WHOLE = 8  # flash attention takes head sizes that are multiples of this
 State = tuple[Tensor, ...]
 
 
-def kernel_for(query: Tensor, key: Tensor, among: tuple[str, ...] | None = None) -> str | None:
-    """The fused kernel for tensors of this device, dtype, heads and head size, of those `among`; None where there is none.
+def kernel_for(query: Tensor, key: Tensor, among: tuple[str, ...] | None = None, window: bool = False, softcap: bool = False) -> str | None:
+    """The fused kernel for tensors of this device, dtype, heads and head size and such a mask, of those `among`; None where there is none.
 
     Raises `UserError` where one is asked for that cannot run (`seqloom.ops.kernels.use_kernel`).
     """
     grouped = query.shape[1] != key.shape[1]
-    return _kernel_name(query.device.type, query.device.index, query.dtype, query.shape[3], grouped, among)
+    return _kernel_name(query.device.type, query.device.index, query.dtype, query.shape[3], grouped, among, window, softcap)
 
 
 @torch.compiler.assume_constant_result
 def _kernel_name(
-    device: str, index: int | None, dtype: torch.dtype, head_size: int, grouped: bool, among: tuple[str, ...] | None
+    device: str,
+    index: int | None,
+    dtype: torch.dtype,
+    head_size: int,
+    grouped: bool,
+    among: tuple[str, ...] | None,
+    window: bool,
+    softcap: bool,
 ) -> str | None:
     """The choice, which compiled code takes as a constant."""
     place = torch.device(device) if index is None else torch.device(device, index)
-    return kernels.kernel_for(Kind(place, dtype, head_size, grouped, torch.are_deterministic_algorithms_enabled()), among)
+    kind = Kind(place, dtype, head_size, grouped, torch.are_deterministic_algorithms_enabled(), window, softcap)
+    return kernels.kernel_for(kind, among)
 
 
 def repeat_heads(kernel: str, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,12 +72,47 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, cau
         return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
     if kernel in PACKAGES:
         return package_attention(kernel, query, key, value, scale, causal)
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    query, key, value = map(_rows, (query, key, value))
     size = query.shape[3]
     if kernel == "flash2" and size % _WHOLE:
         padded = (F.pad(x, (0, -size % _WHOLE)) for x in (query, key, value))
         return run_forward(kernel, *padded, scale, causal)[0][..., :size]
     return run_forward(kernel, query, key, value, scale, causal)[0]
+
+
+def masked_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    start: int,
+    kernel: str,
+) -> Tensor:
+    """Attention with a sliding window, or a soft cap, by a kernel of `kernel_for` that knows it; query `[b, h, l, e]` from position `start`
+    on, key and value `[b, k, m, e]` -> `[b, h, l, e]`.
+
+    The masks of these kernels end at the last key, so they are given the keys up to that of the last query, from the first that one sees.
+    """
+    if causal:
+        seen, first = start + query.shape[2], 0 if window is None else max(0, start - window + 1)
+        key, value = (x[:, :, first:seen] for x in (key, value))
+    if kernel in PACKAGES:
+        return package_attention(kernel, query, key, value, scale, causal, window or 0, softcap or 0.0)
+    size = query.shape[3]
+    rows = [_rows(x).transpose(1, 2) for x in (query, key, value)]  # [b, l, h, e]
+    if size % _WHOLE:
+        rows = [F.pad(x, (0, -size % _WHOLE)) for x in rows]
+    lengths = (None, None, query.shape[2], key.shape[2])  # no packed sequences
+    sides = {"window_size_left": window - 1, "window_size_right": 0}
+    return _ATEN._flash_attention_forward(*rows, *lengths, 0.0, False, False, scale=scale, **sides)[0][..., :size].transpose(1, 2)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`x` with the elements of a head side by side, as kernels read them: itself, but for odd views."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def later_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, start: int, kernel: str) -> Tensor:

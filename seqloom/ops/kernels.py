@@ -39,28 +39,46 @@ _log = logging.getLogger(__name__)
 
 
 class Kind(NamedTuple):
-    """Tensors as a kernel sees them: device, dtype, head size, whether query heads share keys and values, whether sums have one order."""
+    """Tensors as a kernel sees them: device, dtype, head size, whether query heads share keys and values, whether sums have one order;
+    and whether scores are hidden by a sliding window, or capped.
+    """
 
     device: torch.device
     dtype: torch.dtype
     head_size: int
     grouped: bool
     deterministic: bool = False
+    window: bool = False
+    softcap: bool = False
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        more = ", grouped heads" * self.grouped + ", deterministic" * self.deterministic
-        return f"{self.device.type}, {dtype}, head size {self.head_size}{more}"
+        marks = {
+            "grouped heads": self.grouped,
+            "deterministic": self.deterministic,
+            "sliding window": self.window,
+            "soft cap": self.softcap,
+        }
+        return ", ".join([self.device.type, dtype, f"head size {self.head_size}", *(name for name, true in marks.items() if true)])
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """What may run attention. `refusal` says why a kind cannot be run here, to follow "kernel 'name'" in a sentence, or None; `grouped`
-    is whether it takes fewer key/value heads than query heads.
+    """What may run attention. `refuses` says why tensors of a kind cannot be run here, whatever their mask, or None; `grouped` is whether
+    it takes fewer key/value heads than query heads, `window` and `softcap` whether it knows these.
     """
 
-    refusal: Callable[[Kind], str | None]
+    refuses: Callable[[Kind], str | None]
     grouped: bool = True
+    window: bool = False
+    softcap: bool = False
+
+    def refusal(self, kind: Kind) -> str | None:
+        """Why a kind cannot be run here, to follow "kernel 'name'" in a sentence; None where it can."""
+        for wanted, known, name in ((kind.window, self.window, "sliding window"), (kind.softcap, self.softcap, "soft cap")):
+            if wanted and not known:
+                return f"has no {name}"
+        return self.refuses(kind)
 
 
 @dataclass(frozen=True)
@@ -122,10 +140,10 @@ def _flash4(kind: Kind) -> str | None:
 
 
 KERNELS: Mapping[str, Kernel] = {  # where no table has rates, the first that is present runs
-    "flash3": Kernel(_flash3),
-    "flash4": Kernel(_flash4),
+    "flash3": Kernel(_flash3, window=True, softcap=True),
+    "flash4": Kernel(_flash4, window=True),
     "cudnn": Kernel(_by_pytorch(can_use_cudnn_attention, grouped=True)),
-    "flash2": Kernel(_by_pytorch(can_use_flash_attention, grouped=True)),
+    "flash2": Kernel(_by_pytorch(can_use_flash_attention, grouped=True), window=True),
     "efficient": Kernel(_by_pytorch(can_use_efficient_attention, grouped=False), grouped=False),
     "flash": Kernel(_on_cpu),
 }
