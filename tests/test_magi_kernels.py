@@ -23,12 +23,15 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import flex_attention as torch_flex
 
 from seqloom.errors import UserError
-from seqloom.magi import choose, installed
+from seqloom.magi import choose
 from seqloom.magi.bands import Band
-from seqloom.magi.choose import KERNELS, choose_kernel, in_many_pieces
+from seqloom.magi.choose import KERNELS, by_speed, choose_kernel, in_many_pieces
 from seqloom.magi.flex import BLOCK, block_cells, block_mask, intervals
 from seqloom.magi.kernels import Final, Kernel, determinism, merge_
 from seqloom.magi.varlen import calls
+from seqloom.ops import installed
+from seqloom.ops.kernel_rates import AttentionRate
+from seqloom.ops.kernels import follow_plan
 
 CPU = torch.device("cpu")
 HEADS, KV_HEADS, DIM = 4, 2, 8
@@ -287,6 +290,33 @@ def test_a_gpu_with_all_packages_takes_the_fastest_that_fits(log, gpu):
     assert choose_kernel(None, CUDA, HALF, 128, True).name == "flash2"
     assert choose_kernel(None, CUDA, torch.float32, 128, False).name == "flex"
     assert choose_kernel(None, CUDA, torch.float64, 128, False).name == "reference"
+
+
+@pytest.mark.parametrize(
+    ("times", "order"),
+    [
+        ({}, ["magi", "flash3", "flash2", "sdpa", "flex", "reference"]),
+        ({"flash2": 10.2, "sdpa": 6.4, "flex": 11.6, "flash3": 5.7}, ["magi", "flash3", "sdpa", "flash2", "flex", "reference"]),
+        ({"flash3": 9.0, "flex": 3.0}, ["magi", "flex", "flash2", "sdpa", "flash3", "reference"]),  # those without rates stay
+        ({"flash2": 10.2, "sdpa": 10.2}, ["magi", "flash3", "flash2", "sdpa", "flex", "reference"]),
+    ],
+)
+def test_kernels_with_rates_are_ordered_by_them(times, order):
+    assert by_speed(list(KERNELS), times) == order
+
+
+def test_the_choice_goes_by_the_rates_of_the_plan(log, gpu, monkeypatch):
+    monkeypatch.setattr(choose, "kernel_for", lambda kind, among: "flash2")
+    monkeypatch.setattr(KERNELS["magi"], "refusal", lambda *_: "is not here", raising=False)
+    rates = {"flash2": AttentionRate(0.4, 0.3), "flash3": AttentionRate(0.7, 0.6), "flex": AttentionRate(0.8, 0.8)}
+    with follow_plan("flash2", rates, "mine.json"):
+        assert choose.times_of(("flash3", "sdpa", "reference"), CUDA, HALF, 128) == {
+            "flash3": rates["flash3"].time,
+            "sdpa": rates["flash2"].time,
+        }
+        assert choose_kernel(None, CUDA, HALF, 128, False).name == "flex"
+    choose_kernel.cache_clear()
+    assert choose_kernel(None, CUDA, HALF, 128, False).name == "flash3"
 
 
 def test_a_gpu_without_packages_takes_pytorch(gpu):

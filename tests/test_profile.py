@@ -9,12 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from procs import run_ranks
-from torch.nn.attention import SDPBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from seqloom import cli
 from seqloom.cost import measure_clock, measure_kernels, profile
-from seqloom.cost.hardware import load_hardware
+from seqloom.cost.hardware import AttentionRate, load_hardware
 from seqloom.cost.measure_clock import FEWEST, MOST, Clock, waited_seconds
 from seqloom.cost.measure_kernels import Sizes
 from seqloom.errors import UserError
@@ -96,23 +95,50 @@ def test_a_figure_is_the_mean_over_the_ranks_after_equally_many_repeats():
 
 
 def test_every_figure_of_a_device_is_there():
-    found = profile.measure_device(CLOCK, TINY, (torch.float32, torch.bfloat16))
+    found = profile.measure_device(CLOCK, TINY, (torch.float32, torch.bfloat16), print)
     assert set(found.matmul) == set(found.attention) == {"float32", "bfloat16"}
     assert all(set(rates) == set(TINY.inner) and min(rates.values()) > 0 for rates in found.matmul.values())
     for figure in (found.float64, found.bandwidth, found.pointwise, found.launch_s, found.host, found.memory_bytes):
         assert 0 < figure < float("inf")
 
 
-def test_attention_lists_the_kernel_that_pytorch_takes_first():
-    kernels = {"math": SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION}
-    found = measure_kernels.attention_flops(CLOCK, TINY, torch.float32, kernels)
-    assert list(found) == ["flash", "math"]
+def test_attention_is_measured_by_kernel():
+    found = measure_kernels.attention_flops(CLOCK, TINY, torch.float32, ("math", "flash"), print)
+    assert list(found) == ["math", "flash"]
     assert all(forward > 0 and backward > 0 for forward, backward in found.values())
 
 
-def test_kernels_that_do_not_run_here_are_left_out():
-    kernels = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-    assert list(measure_kernels.attention_flops(CLOCK, TINY, torch.float32, kernels)) == ["flash"]
+def test_kernels_that_do_not_run_here_are_left_out_and_said(monkeypatch):
+    said: list[str] = []
+    assert list(measure_kernels.attention_flops(CLOCK, TINY, torch.float32, ("cudnn", "flash3", "flex", "flash"), said.append)) == ["flash"]
+    assert said == [
+        "attention cudnn is left out: it needs a GPU, not cpu",
+        "attention flash3 is left out: it needs an NVIDIA GPU, not cpu",
+        "attention flex is left out: it needs a GPU, not cpu: PyTorch has no backward of FlexAttention elsewhere",
+    ]
+    said.clear()
+    monkeypatch.setattr(measure_kernels, "plain_attention", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory\nby far")))
+    assert measure_kernels.attention_flops(CLOCK, TINY, torch.float32, ("flash",), said.append) == {}
+    assert said == ["attention flash is left out: it fails (out of memory)"]
+
+
+def test_flex_attention_is_causal_attention(monkeypatch):
+    """Its forward, which CPUs have, without a compiler."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    query, key, value = (torch.randn(1, 2, 128, 16) for _ in range(3))
+    found, exact = (measure_kernels._causal(name, query)(query, key, value) for name in ("flex", "flash"))
+    torch.testing.assert_close(found, exact)
+
+
+def test_kernels_are_listed_by_speed_and_those_that_plain_attention_has_come_first():
+    rates = {
+        "flex": AttentionRate(0.9, 0.9),
+        "flash2": AttentionRate(0.4, 0.3),
+        "math": AttentionRate(0.5, 0.5),
+        "cudnn": AttentionRate(0.6, 0.5),
+    }
+    assert list(profile.by_speed(rates)) == ["cudnn", "flash2", "flex", "math"]
 
 
 def test_the_matmuls_of_a_shape_class_have_their_flops():

@@ -13,9 +13,7 @@ import torch
 
 from seqloom.cost.hardware import Hardware
 from seqloom.errors import UserError
-
-ATTENTION_BACKWARD_RATIO = 2.5
-"""FLOPs of a fused attention backward over its forward: five matmuls (scores again, dV, dP, dQ, dK) against two."""
+from seqloom.ops.kernel_rates import ATTENTION_BACKWARD_RATIO as ATTENTION_BACKWARD_RATIO  # part of these prices
 
 
 def matmul_seconds(hardware: Hardware, m: int, n: int, k: int, dtype: torch.dtype) -> float:

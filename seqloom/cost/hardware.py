@@ -23,9 +23,9 @@ import torch
 
 from seqloom.cost.fields import Fields
 from seqloom.errors import UserError
+from seqloom.ops.kernel_rates import FOLDER, AttentionRate
 
 GIB = 2**30
-FOLDER = Path(__file__).resolve().parents[2] / "configs" / "hardware"  # beside the package, in a checkout and installed alike
 CollectiveKind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
 
 
@@ -45,19 +45,11 @@ class Link:
 
 
 @dataclass(frozen=True)
-class AttentionRate:
-    """Achieved fraction of peak FLOPS of one attention kernel on long sequences, of the FLOPs that a causal mask leaves."""
-
-    forward: float
-    backward: float
-
-
-@dataclass(frozen=True)
 class Arithmetic:
     """Achieved fractions of the peak FLOPS of one dtype.
 
     `matmul`: (smallest of m, n, k; fraction), dimensions rising; between two points the fraction is linear.
-    `attention`: kernel name -> rates; the first kernel is the one that every PyTorch has on this machine.
+    `attention`: kernel name -> rates; plans are made for the first kernel where no other is asked for, and runs choose by the rates.
     """
 
     matmul: tuple[tuple[int, float], ...]

@@ -15,20 +15,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from seqloom.cost.compute import ATTENTION_BACKWARD_RATIO
 from seqloom.cost.measure_clock import Clock
+from seqloom.ops import kernels as attention_kernels
+from seqloom.ops.fused import plain_attention
+from seqloom.ops.kernels import Kind
 
-KERNELS: Mapping[str, Mapping[str, SDPBackend]] = {
-    "cpu": {"flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH},
-    "cuda": {
-        "cudnn": SDPBackend.CUDNN_ATTENTION,
-        "flash2": SDPBackend.FLASH_ATTENTION,
-        "efficient": SDPBackend.EFFICIENT_ATTENTION,
-        "math": SDPBackend.MATH,
-    },
+KERNELS: Mapping[str, tuple[str, ...]] = {
+    "cpu": ("flash", "math"),
+    "cuda": ("cudnn", "flash2", "flash3", "flash4", "efficient", "flex", "math"),
 }
-"""Kernels of `scaled_dot_product_attention` by the names of hardware files."""
+"""Attention kernels by the names of hardware files: those that plain attention runs with, FlexAttention, PyTorch's without fusion."""
 _SMALL_OPERATORS = 200
 
 
@@ -66,25 +65,52 @@ def matmul_flops(clock: Clock, outer: int, inner: int, dtype: torch.dtype) -> fl
     return 3 * 2.0 * outer * outer * inner / sum(clock.seconds(product) for product in products)
 
 
-def attention_flops(clock: Clock, sizes: Sizes, dtype: torch.dtype, kernels: Mapping[str, SDPBackend]) -> dict[str, tuple[float, float]]:
+def attention_flops(
+    clock: Clock, sizes: Sizes, dtype: torch.dtype, kernels: Sequence[str], say: Callable[[str], object]
+) -> dict[str, tuple[float, float]]:
     """Kernel name -> achieved forward and backward FLOPS of causal attention, of the work that the mask leaves.
 
-    Kernels that do not run on this device, or not in its memory, are left out; the one that PyTorch itself takes comes first.
+    Kernels that do not run on this device, or not in its memory, are left out, and `say` is told which and why.
     """
     query, key, value = (_random(clock, 1, sizes.heads, sizes.positions, sizes.head_dim, dtype=dtype).requires_grad_() for _ in range(3))
     flops = 4.0 * sizes.heads * sizes.positions**2 * sizes.head_dim / 2
-    default = SDPBackend(torch._fused_sdp_choice(query, key, value, is_causal=True))
     found = {}
-    for name, backend in sorted(kernels.items(), key=lambda kernel: kernel[1] != default):
-        with sdpa_kernel(backend):
+    for name in kernels:
+        refusal = _refusal(name, Kind(query.device, dtype, sizes.head_dim, False))
+        if refusal is None:
             try:
-                forward, backward = forward_backward_seconds(
-                    clock, lambda: F.scaled_dot_product_attention(query, key, value, is_causal=True), (query, key, value)
-                )
-            except RuntimeError:  # "no available kernel", or not enough memory
+                run = _causal(name, query)
+                forward, backward = forward_backward_seconds(clock, lambda run=run: run(query, key, value), (query, key, value))
+                found[name] = flops / forward, ATTENTION_BACKWARD_RATIO * flops / backward
                 continue
-        found[name] = flops / forward, ATTENTION_BACKWARD_RATIO * flops / backward
+            except Exception as error:  # not enough memory, or whatever a package of another release or another GPU raises
+                refusal = f"fails ({(str(error).strip() or type(error).__name__).splitlines()[0]})"
+        say(f"attention {name} is left out: it {refusal}")
     return found
+
+
+def _refusal(name: str, kind: Kind) -> str | None:
+    """Why a kernel cannot run here, as the end of a sentence; None where it can, as far as can be told before."""
+    if name == "flex" and kind.device.type != "cuda":
+        return f"needs a GPU, not {kind.device.type}: PyTorch has no backward of FlexAttention elsewhere"
+    return attention_kernels.KERNELS[name].refusal(kind) if name in attention_kernels.KERNELS else None
+
+
+def _causal(name: str, query: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Causal attention by a kernel, of query, key and value as large as `query`."""
+    if name in attention_kernels.KERNELS:
+        return lambda q, k, v: plain_attention(q, k, v, q.shape[3] ** -0.5, True, name)
+    if name == "flex":
+        length = query.shape[2]
+        mask = create_block_mask(lambda b, h, row, column: column <= row, None, None, length, length, device=query.device)
+        run = torch.compile(flex_attention, fullgraph=True)
+        return lambda q, k, v: run(q, k, v, block_mask=mask)
+
+    def math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    return math
 
 
 def forward_backward_seconds(clock: Clock, fn: Callable[[], Tensor], inputs: Sequence[Tensor]) -> tuple[float, float]:

@@ -26,6 +26,7 @@ from seqloom.cost.hardware import GIB, Arithmetic, AttentionRate, CollectiveKind
 from seqloom.cost.measure_clock import Clock
 from seqloom.cost.measure_links import KINDS, MESSAGES, Fit, Timing, collective_timings
 from seqloom.errors import UserError
+from seqloom.ops.kernels import KERNELS as PLAIN
 
 DTYPES: Mapping[str, tuple[torch.dtype, ...]] = {
     "cpu": (torch.float32, torch.bfloat16),
@@ -70,12 +71,14 @@ def profile(device: torch.device, name: str, output: Path, base: Hardware | None
     """
     check_writable(output)
     clock = Clock(device)
-    measured = best([measure_device(clock, kernels.SIZES[device.type], DTYPES[device.type]) for _ in range(ROUNDS)])
+    left_out: dict[str, None] = {}  # lines, each once, in their order
+    sizes, dtypes = kernels.SIZES[device.type], DTYPES[device.type]
+    measured = best([measure_device(clock, sizes, dtypes, left_out.setdefault) for _ in range(ROUNDS)])
     levels = measure_levels(clock, MESSAGES[device.type])
     hardware = describe(device, name, measured, levels, base)
     if dist.get_rank() == 0:
         output.write_text(to_json(hardware), encoding="utf-8")
-        for line in table(hardware, levels):
+        for line in (*table(hardware, levels), *left_out):
             say(line)
         say(f"wrote {output}: use it with --hardware {output}")
     return hardware
@@ -90,12 +93,12 @@ def check_writable(output: Path) -> None:
         )
 
 
-def measure_device(clock: Clock, sizes: kernels.Sizes, dtypes: Sequence[torch.dtype]) -> Measured:
-    """Everything about one device. All ranks measure the same thing at the same time."""
+def measure_device(clock: Clock, sizes: kernels.Sizes, dtypes: Sequence[torch.dtype], say: Callable[[str], object]) -> Measured:
+    """Everything about one device. All ranks measure the same thing at the same time. `say` is told of kernels that are left out."""
     matmul, attention = {}, {}
     for dtype in dtypes:
         matmul[dtype_name(dtype)] = {inner: kernels.matmul_flops(clock, sizes.outer, inner, dtype) for inner in sizes.inner}
-        attention[dtype_name(dtype)] = kernels.attention_flops(clock, sizes, dtype, kernels.KERNELS[clock.device.type])
+        attention[dtype_name(dtype)] = kernels.attention_flops(clock, sizes, dtype, kernels.KERNELS[clock.device.type], say)
     eager = not fuses(clock.device)
     return Measured(
         matmul=matmul,
@@ -203,7 +206,12 @@ def _base_peak(base: Hardware | None, dtype: str) -> float:
 
 def _arithmetic(matmul: Mapping[int, float], attention: Mapping[str, tuple[float, float]], peak: float) -> Arithmetic:
     rates = {kernel: AttentionRate(share(forward, peak), share(backward, peak)) for kernel, (forward, backward) in attention.items()}
-    return Arithmetic(matmul_points(matmul, peak), rates)
+    return Arithmetic(matmul_points(matmul, peak), by_speed(rates))
+
+
+def by_speed(rates: Mapping[str, AttentionRate]) -> dict[str, AttentionRate]:
+    """Kernels by their speed, those that plain attention runs with before the others: plans are made for the first."""
+    return dict(sorted(rates.items(), key=lambda item: (item[0] not in PLAIN, item[1].time)))
 
 
 def matmul_points(rates: Mapping[int, float], peak: float) -> tuple[tuple[int, float], ...]:

@@ -25,7 +25,6 @@ from seqloom.emit.request import CompileRequest
 from seqloom.errors import UserError
 
 MORE_MEMORY = 1.5
-BACKWARD_SHARE = 2.5  # FLOPs of the backward of attention over those of its forward: what a kernel is chosen by
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def changes(request: CompileRequest, hardware: Hardware) -> Iterator[Change]:
     if request.runtime_ngpus > 1:
         yield Change("twice the link bandwidth", request, replace(hardware, links=links))
     kernels = hardware.rates.attention
-    fastest = min(kernels, key=lambda kernel: 1 / kernels[kernel].forward + BACKWARD_SHARE / kernels[kernel].backward)
+    fastest = min(kernels, key=lambda kernel: kernels[kernel].time)
     if fastest != next(iter(kernels)):
         yield Change(f"--attention_kernel {fastest}", request, hardware.with_attention_kernel(fastest))
     if request.seq_len % 2 == 0:

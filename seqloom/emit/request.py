@@ -48,7 +48,7 @@ class CompileRequest:
     loss_chunk: int | None = None
     """tokens of one chunk of the loss head; the planner chooses when not given"""
     attention_kernel: str | None = None
-    """attention kernel to plan for, one that the hardware has rates of; its first, which every PyTorch has, when not given"""
+    """attention kernel to plan for and run with, one that the hardware has rates of; its first when not given"""
     attention: Literal["auto", "heads", "magi", "gather"] = "auto"
     """how attention may be split: by heads, by the sequence (magi, or keys and values gathered), or as the planner chooses"""
     documents: tuple[int, ...] = ()

@@ -1,6 +1,7 @@
 """Which kernel runs: the fastest that is installed and takes the tensors, or the one asked for; said in the log, once for each kind.
 
 In: device, dtype, head size, whether there is a soft cap, in how many pieces `seqloom.magi.slices` would cut the mask. Out: a `Kernel`.
+Kernels are compared by the rates that plain attention is chosen by (`seqloom.ops.kernels`); one without rates keeps its place.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from seqloom.magi.kernels import Kernel, determinism, reference
 from seqloom.magi.magi_kernel import Magi
 from seqloom.magi.pieces import pieces
 from seqloom.magi.slices import Slices
+from seqloom.ops.kernels import ANY_SHAPE, Kind, kernel_for, known_rates
 
-KERNELS: Mapping[str, Kernel] = {kernel.name: kernel for kernel in (Magi(), Flash3(), Flash2(), Slices(), Flex(), reference)}  # by speed
+KERNELS: Mapping[str, Kernel] = {kernel.name: kernel for kernel in (Magi(), Flash3(), Flash2(), Slices(), Flex(), reference)}
+"""By speed, where no rates say otherwise."""
 MOST_PIECES = 64  # a launch of a fused kernel, and of those around it, for each piece: FlexAttention's one call is faster than more
 
 
@@ -43,10 +46,11 @@ def choose_kernel(
         raise UserError(f"there is no attention kernel '{name}': use one of {', '.join(KERNELS)}")
     with determinism(deterministic):  # PyTorch has fewer fused kernels then
         refusals = {other: kernel.refusal(device, dtype, head_dim, softcap) for other, kernel in KERNELS.items() if name in (None, other)}
-    if name is not None and refusals[name] is not None:
-        raise UserError(f"kernel '{name}' {refusals[name]}: use kernel 'reference', or none to let it be chosen")
-    fitting = [other for other, why in refusals.items() if why is None]
-    if many and "flex" in fitting and fitting[0] == "sdpa":
+        if name is not None and refusals[name] is not None:
+            raise UserError(f"kernel '{name}' {refusals[name]}: use kernel 'reference', or none to let it be chosen")
+        fitting = [other for other, why in refusals.items() if why is None]
+        fitting = by_speed(fitting, times_of(fitting, device, dtype, head_dim))
+    if many and fitting[0] == "sdpa" and not {*fitting} <= {"sdpa", "reference"}:
         fitting.remove("sdpa")
     chosen = KERNELS[fitting[0]]
     if chosen is reference and deterministic and device.type == "cuda" and "CUBLAS_WORKSPACE_CONFIG" not in os.environ:
@@ -64,6 +68,22 @@ def choose_kernel(
         ", which is slow: no fused kernel takes these tensors" if slow else "",
     )
     return chosen
+
+
+def times_of(names: Sequence[str], device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, float]:
+    """Kernel -> its time by the rates that are known of `device`; 'sdpa' has that of the one that it would run."""
+    rates = known_rates(device, dtype)
+    if not rates:
+        return {}
+    kind = Kind(device, dtype, head_dim, False, torch.are_deterministic_algorithms_enabled())
+    named = {name: kernel_for(kind, ANY_SHAPE) if name == "sdpa" else name for name in names}
+    return {name: rates[kernel].time for name, kernel in named.items() if kernel in rates}
+
+
+def by_speed(names: Sequence[str], times: Mapping[str, float]) -> list[str]:
+    """`names` with those that have times put in order among the places that they hold; the others stay where they are."""
+    faster = iter(sorted((name for name in names if name in times), key=times.__getitem__))
+    return [next(faster) if name in times else name for name in names]
 
 
 def in_many_pieces(bands: Sequence[Band]) -> bool:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from seqloom.magi.bands import Band
-from seqloom.magi.installed import module, refused_on_gpu, refused_package
 from seqloom.magi.kernels import Final, Gradients, merge_, no_gradients, nothing_yet
 from seqloom.magi.varlen import Call, calls
+from seqloom.ops.installed import module, refused_on_gpu, refused_package
 
 MOST_HEAD_DIM = 256
 PACKAGE_2, PACKAGE_3 = "flash_attn.flash_attn_interface", "flash_attn_interface"

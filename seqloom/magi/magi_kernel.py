@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from seqloom.magi.bands import Band
-from seqloom.magi.installed import module, refused_on_gpu, refused_package
 from seqloom.magi.kernels import Final, Gradients, accumulate, no_gradients, nothing_yet
+from seqloom.ops.installed import module, refused_on_gpu, refused_package
 from seqloom.ops.transfer import to_device
 
 PACKAGE = "magi_attention.functional.flex_flash_attn"

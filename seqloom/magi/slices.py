@@ -17,6 +17,7 @@ from seqloom.magi.bands import Band
 from seqloom.magi.kernels import Final, Gradients, accumulate, merge_, no_gradients, nothing_yet
 from seqloom.magi.pieces import Form, pieces
 from seqloom.ops.fused import kernel_for, run_backward, run_forward
+from seqloom.ops.kernels import ANY_SHAPE, KERNELS
 
 
 class Slices:
@@ -30,32 +31,31 @@ class Slices:
         if softcap:
             return "has no soft cap"
         sample = torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device)
-        return None if kernel_for(sample, sample) else f"does not take {dtype} with head size {head_dim} on {device.type}"
+        return None if kernel_for(sample, sample, ANY_SHAPE) else f"does not take {dtype} with head size {head_dim} on {device.type}"
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, bands: Sequence[Band], scale: float, softcap: float
     ) -> tuple[Tensor, Tensor]:
         """As `Kernel.forward`; `softcap` must be 0."""
         output, lse = nothing_yet(query)
-        dtype = output.dtype
+        dtype, kernel = output.dtype, _kernel(query, key)
         for piece in (piece for band in bands for piece in pieces(band)):
             rows, columns = slice(piece.q_start, piece.q_end), slice(piece.k_start, piece.k_end)
-            q, k, v = _heads(query[rows], key[columns], value[columns], piece.form)
-            out, own, _ = run_forward(kernel_for(q, k), q, k, v, scale, piece.form != "full")
+            q, k, v = _heads(kernel, query[rows], key[columns], value[columns], piece.form)
+            out, own, _ = run_forward(kernel, q, k, v, scale, piece.form != "full")
             merge_(output[rows], lse[rows], _rows(out, piece.form).to(dtype), _rows(own.unsqueeze(-1), piece.form)[..., 0].to(dtype))
         return output, lse
 
     def backward(self, given: Final, bands: Sequence[Band], scale: float, softcap: float) -> Gradients:
         """As `Kernel.backward`. The fused kernels find `delta` again from gradient and output."""
         grad, query, key, value, output, lse, _ = given
-        dtype = accumulate(query.dtype)
+        dtype, kernel = accumulate(query.dtype), _kernel(query, key)
         d_query, d_key, d_value = no_gradients(given)
         for piece in (piece for band in bands for piece in pieces(band)):
             rows, columns = slice(piece.q_start, piece.q_end), slice(piece.k_start, piece.k_end)
-            q, k, v = _heads(query[rows], key[columns], value[columns], piece.form)
+            q, k, v = _heads(kernel, query[rows], key[columns], value[columns], piece.form)
             d_out, out = (_turned(x[rows], piece.form) for x in (grad, output))
             own = _turned(lse[rows].unsqueeze(-1), piece.form)[..., 0].contiguous()
-            kernel = kernel_for(q, k)
             found = run_backward(kernel, d_out, q, k, v, out, own, scale, piece.form != "full")
             for total, part, place in zip((d_query, d_key, d_value), found, (rows, columns, columns), strict=True):
                 total[place] += _grouped(_rows(part, piece.form), total.shape[1]).to(dtype)
@@ -67,9 +67,14 @@ def _turned(x: Tensor, form: Form) -> Tensor:
     return (x.flip(0) if form == "upper" else x).transpose(0, 1).unsqueeze(0).contiguous()
 
 
-def _heads(query: Tensor, key: Tensor, value: Tensor, form: Form) -> tuple[Tensor, Tensor, Tensor]:
-    """What a fused call takes; key/value heads repeated for their groups."""
-    groups = query.shape[1] // key.shape[1]
+def _kernel(query: Tensor, key: Tensor) -> str:
+    """Which of PyTorch's kernels runs `[rows, heads, dim]`; `refusal` has asked already whether one does."""
+    return kernel_for(query.transpose(0, 1)[None], key.transpose(0, 1)[None], ANY_SHAPE)
+
+
+def _heads(kernel: str, query: Tensor, key: Tensor, value: Tensor, form: Form) -> tuple[Tensor, Tensor, Tensor]:
+    """What a fused call takes; key/value heads repeated for their groups where the kernel knows none."""
+    groups = 1 if KERNELS[kernel].grouped else query.shape[1] // key.shape[1]
     return _turned(query, form), *(_turned(x.repeat_interleave(groups, 1) if groups > 1 else x, form) for x in (key, value))
 
 

@@ -4,10 +4,11 @@ Tensors are `[b, heads, l, e]`: batch, heads, positions, head size. Queries have
 attention), so a split of the heads gives each piece whole groups. The positions of the queries may be split too: each piece then has all
 keys and values and is told where it starts (`query_start`), so that its causal mask is right. Those of the keys are frozen.
 
-Plain causal or full attention is PyTorch's fused `scaled_dot_product_attention`, with memory linear in the number of positions; a later
-piece of the queries takes two calls of its kernel (`seqloom.ops.fused`). A sliding window or a soft cap, which that function lacks, takes
-the explicit path below: queries in chunks, each against the keys it can see, recomputed in the backward pass from the log-sum-exp (Dao et
-al., FlashAttention, arXiv:2205.14135), so that no l x l matrix exists.
+Plain causal or full attention is one call of a fused kernel (`seqloom.ops.kernels` says which), with memory linear in the number of
+positions; a later piece of the queries takes two calls (`seqloom.ops.fused`). A sliding window is one call of flash attention on a GPU, a
+soft cap one of FlashAttention 3 where it is installed. Where no fused kernel takes the tensors and the mask, as on CPUs, the explicit path
+below does: queries in chunks, each against the keys it can see, recomputed in the backward pass from the log-sum-exp (Dao et al.,
+FlashAttention, arXiv:2205.14135), so that no l x l matrix exists.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from seqloom.errors import UserError
 from seqloom.ops.registry import register_op
@@ -100,9 +100,10 @@ def attention(
     """
     _check(query, key, causal, window, softcap, query_start)
     seen = query_start + query.shape[2] if causal else key.shape[2]
-    if softcap is None and (window is None or window >= seen):
+    window = None if window is None or window >= seen else window
+    if softcap is None and window is None:
         return _fused(query, key, value, scale, causal, query_start)
-    return _ChunkedAttention.apply(query, key, value, scale, causal, window, softcap, query_start)
+    return _masked(query, key, value, scale, causal, window, softcap, query_start)
 
 
 def _check(query: Tensor, key: Tensor, causal: bool, window: int | None, softcap: float | None, query_start: int) -> None:
@@ -122,22 +123,28 @@ def _check(query: Tensor, key: Tensor, causal: bool, window: int | None, softcap
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, query_start: int) -> Tensor:
-    grouped = query.shape[1] != key.shape[1]
-    if grouped and query.device.type == "cuda" and query.dtype not in (torch.float16, torch.bfloat16):
-        # The fused kernels for these dtypes know no groups, and the fallback would hold an l x l matrix.
-        key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
-        grouped = False
-    if causal and query_start:
-        # Imported where it runs: it brings the whole of torch.compile along, and a compile needs the annotation of this operator only.
-        from seqloom.ops.fused import kernel_for, later_attention
+    # Imported where it runs: it brings the whole of torch.compile along, and a compile needs the annotation of this operator only.
+    from seqloom.ops.fused import kernel_for, later_attention, plain_attention, repeat_heads
 
-        kernel = kernel_for(query, key)
-        if kernel is None:
-            return _ChunkedAttention.apply(query, key, value, scale, True, None, None, query_start)
+    kernel = kernel_for(query, key)
+    if kernel is None:
+        return _ChunkedAttention.apply(query, key, value, scale, causal, None, None, query_start)
+    key, value = repeat_heads(kernel, query, key, value)
+    if causal and query_start:
         return later_attention(query, key, value, scale, query_start, kernel)
     if causal and query.shape[2] < key.shape[2]:  # the first piece of the queries sees the first keys only
         key, value = (x[:, :, : query.shape[2]] for x in (key, value))
-    return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale, enable_gqa=grouped)
+    return plain_attention(query, key, value, scale, causal, kernel)
+
+
+def _masked(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, window: int | None, softcap: float | None, query_start: int
+) -> Tensor:
+    from seqloom.ops.fused import kernel_for, masked_attention  # where it runs, as above
+
+    options = (scale, causal, window, softcap, query_start)
+    kernel = kernel_for(query, key, window=window is not None, softcap=softcap is not None)
+    return _ChunkedAttention.apply(query, key, value, *options) if kernel is None else masked_attention(query, key, value, *options, kernel)
 
 
 # --- the explicit path -----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from seqloom.errors import UserError
 from seqloom.plan.binding import binding
 from seqloom.plan.evaluate import GIB, Evaluation
@@ -40,6 +42,7 @@ def plan_document(plan: Plan, evaluation: Evaluation, solver: SolverReport, timi
         "mesh": dict(plan.mesh),
         "dp": plan.machine.dp,
         "hardware": plan.machine.hardware.name,
+        "attention": _attention(plan),
         "seq_len": seq_len,
         "micro_batch_size": batch,
         "grad_accumulation_steps": plan.storage.accumulation,
@@ -107,14 +110,24 @@ def _ranks(plan: Plan) -> int:
     return count
 
 
+def _dtype(plan: Plan) -> torch.dtype:
+    """What the model computes in."""
+    return next(iter(plan.outer.region.graph.parameters().values())).dtype
+
+
+def _attention(plan: Plan) -> dict[str, Any]:
+    """The kernel that attention is priced with, the hardware's first, and the rates of all: what a run chooses its kernel by."""
+    rates = plan.machine.hardware.rates.arithmetic(_dtype(plan)).attention
+    return {"kernel": next(iter(rates)), "rates": {kernel: asdict(rate) for kernel, rate in rates.items()}}
+
+
 def _mfu(plan: Plan, evaluation: Evaluation, ranks: int) -> tuple[float, float]:
     """Model FLOPs utilization counting causal attention as it is, and counting it full (the usual publication)."""
     attention = sum(
         planned.region.count * sum(flops_of(n) for c in planned.clusters for n in c.cluster.nodes if is_attention(n.op))
         for planned in plan.regions.values()
     )
-    dtype = next(iter(plan.outer.region.graph.parameters().values())).dtype
-    available = evaluation.step_s * ranks * plan.machine.hardware.peak(dtype)
+    available = evaluation.step_s * ranks * plan.machine.hardware.peak(_dtype(plan))
     causal = 3 * evaluation.flops
     return causal / available, (causal + 3 * attention * plan.storage.accumulation) / available
 

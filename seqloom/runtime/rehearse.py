@@ -36,6 +36,7 @@ from seqloom.runtime.compiled import Choice, compile_as_asked
 from seqloom.runtime.context import typical_batch
 from seqloom.runtime.dryrun import GIB, check_rank, optimizer_state, read_plan
 from seqloom.runtime.initialize import fill_buffers
+from seqloom.runtime.kernels import planned_kernels
 from seqloom.runtime.live_bytes import LiveBytes
 from seqloom.runtime.materialize import storage
 from seqloom.runtime.mesh import build_mesh
@@ -136,7 +137,7 @@ def rehearse(folder: Path, rank: int, device: torch.device, steps: int, compile_
     check_fits(plan, free_bytes(device), free_bytes(torch.device("cpu")), device)
     config = config_of(mark["config"])
     try:
-        with simulated_job(rank, world), _threads_of_a_rank(world):
+        with simulated_job(rank, world), _threads_of_a_rank(world), planned_kernels(plan, device, print):
             return _rehearse(folder, plan, config, DTYPES[mark["request"]["precision"]], rank, device, steps, compile_blocks)
     except torch.OutOfMemoryError as error:
         raise UserError(

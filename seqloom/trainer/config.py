@@ -67,7 +67,7 @@ class CompileConfig:
     loss_chunk: int | None = None
     """Tokens of one chunk of the loss head; the planner chooses when not given."""
     attention_kernel: str | None = None
-    """Attention kernel to plan for, one that the hardware has rates of (flash3); what every PyTorch has when not given."""
+    """Attention kernel to plan for and to run with where it is installed (flash3); the hardware's first when not given."""
     attention: Literal["auto", "heads", "magi", "gather"] = "auto"
     """How attention may be split: by heads, by the sequence (magi; gather), or as the planner chooses."""
     output_folder: Path = Path(".seqloom")

@@ -28,6 +28,7 @@ from seqloom.checkpoint.write import SLACK_BYTES, Beside
 from seqloom.errors import Stopped, UserError
 from seqloom.report.plan_page import write_plan_page
 from seqloom.report.run_page import PAGE as RUN_PAGE
+from seqloom.runtime.kernels import planned_kernels
 from seqloom.runtime.mesh import init_distributed
 from seqloom.runtime.optimizer import model_and_optimizer_tensors
 from seqloom.runtime.step import StepResult
@@ -81,7 +82,8 @@ def train_on(config: TrainConfig, device: torch.device, signals: StopSignals | N
     if progress.step >= run.total_steps:
         _say(f"step {progress.step} of {run.total_steps} is done already: nothing is left to do")
     else:
-        _train(run, known, progress, signals)
+        with planned_kernels(run.plan, device, _say):
+            _train(run, known, progress, signals)
 
 
 def _start(run: Run) -> Progress:

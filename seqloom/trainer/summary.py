@@ -80,10 +80,10 @@ def measured_mfu(plan: dict[str, Any], step_time_s: float) -> float:
 
 
 def kernel_note(kernel: str | None) -> str | None:
-    """What is to be said of a plan that was made for an attention kernel other than PyTorch's; None where there is nothing."""
+    """What is to be said of a plan that was made for an attention kernel that not every PyTorch has; None where there is nothing."""
     if kernel is None:
         return None
-    return f"the plan is for the attention kernel {kernel}; training runs PyTorch's own kernels, so expect longer steps than predicted"
+    return f"the plan is for the attention kernel {kernel}; where it is not installed the fastest that is there runs, and the run says so"
 
 
 def _modes(plan: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """What GPU and which optional packages are here: kernels ask before they are chosen. Packages are imported when first needed, never before.
 
-Role: `seqloom.magi.choose` refuses a kernel with the sentence that these functions end. In: device, dtype, head size, names of modules.
-Out: a reason, or None.
+Role: `seqloom.ops.kernels` and `seqloom.magi.choose` refuse a kernel with the sentence that these functions end. In: device, dtype, head
+size, names of modules. Out: a reason, or None.
 """
 
 from __future__ import annotations
