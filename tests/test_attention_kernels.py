@@ -283,7 +283,9 @@ def test_packages_of_another_release_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("mask", "takers"), [({"window": True}, {"flash3", "flash4", "flash2"}), ({"softcap": True}, {"flash3"}), ({}, {*KERNELS})], ids=str
+    ("mask", "takers"),
+    [({"window": True}, {"flash3", "flash4", "flash2"}), ({"softcap": True}, {"flash3"}), ({}, {*KERNELS})],
+    ids=["window", "softcap", "none"],
 )
 def test_masks_that_a_kernel_lacks_refuse_it(mask, takers):
     kind = KIND._replace(**mask)
