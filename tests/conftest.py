@@ -1,6 +1,14 @@
-"""The order of the test files: those that take longest come first, so that no worker is left alone with one of them in the end."""
+"""The order of the test files: those that take longest come first, so that no worker is left alone with one of them in the end.
+
+Property tests have no limit of time: how long drawing an example takes tells of the machine, not of the code.
+"""
 
 from __future__ import annotations
+
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 HEAVY = (
     "test_parity_chosen.py",
@@ -19,6 +27,7 @@ HEAVY = (
     "test_trainer_loop.py",
     "test_checkpoint_reshard.py",
     "test_determinism.py",
+    "test_gpu_benchmarks.py",
 )
 
 

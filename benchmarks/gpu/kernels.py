@@ -28,13 +28,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from workbench import Bench, add_flags, bench, facts, out_of_memory, peak_gib, release, table
 
 from seqloom.cost.measure_clock import Clock
-from seqloom.cost.measure_kernels import KERNELS as SDPA
 from seqloom.cost.measure_kernels import forward_backward_seconds
 
 BUDGET_S = 0.25  # of the repeats of one figure
 BACKWARD = 2.5  # operations of attention's backward to those of its forward
 MOST_EXPLICIT = 8192  # positions: kernels that write scores out take minutes and more memory than there is for more
 IGNORED = -100
+SDPA = {
+    "cpu": {"flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH},
+    "cuda": {
+        "cudnn": SDPBackend.CUDNN_ATTENTION,
+        "flash2": SDPBackend.FLASH_ATTENTION,
+        "efficient": SDPBackend.EFFICIENT_ATTENTION,
+        "math": SDPBackend.MATH,
+    },
+}
+"""Kernels of `scaled_dot_product_attention`, by the names of hardware files."""
 
 
 @dataclass(frozen=True)
