@@ -158,8 +158,10 @@ class RunLog:
         self.file.flush()
 
     def _scalars(self, scalars: dict[str, float], step: int) -> None:
-        for name, value in scalars.items():
-            self.board.add_scalar(name, value, step)
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        self.board.file_writer.add_summary(Summary(value=values), step)  # one event, a ninth of the work of nine `add_scalar`
         if self._more is not None:
             self._more(scalars, step)
 

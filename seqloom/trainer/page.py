@@ -1,7 +1,7 @@
 """Keeps `report.html` of a run up to date while it trains, without slowing it.
 
 Role in the pipeline: rank 0 calls `touch` after every step. Now and then a thread writes the page from the files of the log folder; then it
-waits a hundred times as long as writing took, so that the page never costs more than a hundredth of the time.
+waits three hundred times as long as writing took, so that the page never costs more than a three-hundredth of the time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from seqloom.report.run_log import LogReader
 from seqloom.report.run_page import write_run_page
 
 EVERY = 20.0  # seconds between two writings at the least
-SHARE = 100.0  # and so many times what a writing took
+SHARE = 300.0  # and so many times what a writing took
 
 
 class LivePage:
