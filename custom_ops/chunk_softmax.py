@@ -12,25 +12,29 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 Path = Literal["plain", "compiled"]
-_ASKED: ContextVar[Path | None] = ContextVar("path of the loss head", default=None)
 _RUNS = 5  # of which the fastest counts
+
+
+class _Asked:
+    """The path that is asked for. Not a context variable: a backward on a GPU runs in a thread of autograd."""
+
+    now: Path | None = None
 
 
 @contextlib.contextmanager
 def use_path(path: Path) -> Iterator[None]:
     """Inside, this path is taken, on any device."""
-    token = _ASKED.set(path)
+    before, _Asked.now = _Asked.now, path
     try:
         yield
     finally:
-        _ASKED.reset(token)
+        _Asked.now = before
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -55,9 +59,8 @@ def path_of(logits: Tensor) -> Path:
     """The path for such logits."""
     if torch.compiler.is_compiling():
         return "plain"  # the graph around it fuses these formulas as any others
-    asked = _ASKED.get()
-    if asked is not None:
-        return asked
+    if _Asked.now is not None:
+        return _Asked.now
     if not logits.is_cuda or torch.are_deterministic_algorithms_enabled():
         return "plain"
     return _faster(logits.device, logits.dtype, *logits.shape)

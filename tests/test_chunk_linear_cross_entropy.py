@@ -1,5 +1,6 @@
 """The chunked loss: exact against the plain one, small in memory, and at home wherever a program runs it."""
 
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -264,3 +265,10 @@ def test_without_a_compiler_the_loss_says_so_and_goes_on(monkeypatch, caplog):
     monkeypatch.setattr(chunk_softmax, "_seconds", fails)
     assert chunk_softmax.path_of(SimpleNamespace(is_cuda=True, device=torch.device("cpu"), dtype=torch.float32, shape=(2, 3))) == "plain"
     assert "path 'plain', which is slow, as torch.compile fails (no Triton here)" in caplog.text
+
+
+def test_the_path_that_is_asked_for_is_taken_in_threads_too():
+    """On a GPU the backward pass runs in a thread of autograd."""
+    with use_path("compiled"), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(chunk_softmax.path_of, torch.ones(2, 3)).result() == "compiled"
+    assert chunk_softmax.path_of(torch.ones(2, 3)) == "plain"
