@@ -10,9 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
-from seqloom.checkpoint.merge import merge
 from seqloom.entry import run
 
 
@@ -37,7 +34,11 @@ class MergerConfig:
 
 def main() -> None:
     """Parse the flags, merge, and say what was written."""
+    import tyro
+
     config = tyro.cli(MergerConfig, description=__doc__)
+    from seqloom.checkpoint.merge import merge
+
     report = merge(
         config.ckpt_dir,
         output_fname=config.output_fname,

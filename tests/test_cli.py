@@ -242,3 +242,21 @@ def test_report_of_runs(command, room, capsys, tmp_path):
     assert capsys.readouterr().out == "wrote report.html\nwrote both.html\n"
     with pytest.raises(UserError, match="leave one of them out"):
         command("report", "--run", tmp_path / "a", "--compare", tmp_path / "b")
+
+
+HELP = [
+    *([name] for name in ("train.py", "bookcorpus.py", "create_mini_model.py", "ckpt_merger.py")),
+    *(["-m", "seqloom", name] for name in cli.COMMANDS if name != "checkpoint"),
+    *(["-m", "seqloom", "checkpoint", name] for name in cli.CHECKPOINT_COMMANDS),
+]
+
+
+@pytest.mark.parametrize("program", HELP, ids=" ".join)
+def test_help_imports_nothing_heavy(program):
+    """What makes `--help` answer at once, whatever the machine."""
+    found = subprocess.run(
+        [sys.executable, "-X", "importtime", *program, "--help"], capture_output=True, text=True, cwd=ROOT, timeout=60, check=True
+    )
+    imported = {line.rpartition("|")[2].strip() for line in found.stderr.splitlines()}
+    assert not imported & {"torch", "transformers", "datasets", "scipy", "matplotlib"}
+    assert "--" in found.stdout
