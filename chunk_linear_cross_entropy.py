@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from custom_ops.chunk_softmax import gradient_of, losses_of, sum_dtype
+from custom_ops.chunk_softmax import gradient_of, losses_of
 from seqloom.errors import UserError
 from seqloom.ops import register_op
+from seqloom.ops.precision import sum_dtype
 
 
 def _loss_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:

@@ -17,6 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from seqloom.ops.precision import sum_dtype
+
 Path = Literal["plain", "compiled"]
 _RUNS = 5  # of which the fastest counts
 
@@ -35,11 +37,6 @@ def use_path(path: Path) -> Iterator[None]:
         yield
     finally:
         _Asked.now = before
-
-
-def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of losses and sums: fp32 for half precision, otherwise the dtype itself."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def losses_of(logits: Tensor, targets: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:

@@ -70,9 +70,9 @@ class Broken(nn.Module):
         return x
 
 
-def program(*blocks: type[nn.Module], fused: bool | None = None) -> Any:
+def program(*blocks: type[nn.Module], fused: bool = False) -> Any:
     """What `compile_blocks` reads of a program."""
-    return SimpleNamespace(BLOCKS=blocks, **({} if fused is None else {"FUSED": fused}))
+    return SimpleNamespace(BLOCKS=blocks, FUSED=fused)
 
 
 def test_segments_are_the_methods_that_the_forward_calls():
@@ -86,9 +86,8 @@ def test_segments_are_the_methods_that_the_forward_calls():
         ("auto", True, "cuda", True),
         ("auto", True, "cpu", False),
         ("auto", False, "cuda", False),
-        ("auto", None, "cuda", False),
         ("on", False, "cpu", True),
-        ("on", None, "cuda", True),
+        ("on", False, "cuda", True),
         ("off", True, "cuda", False),
     ],
 )

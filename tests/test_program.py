@@ -1,5 +1,6 @@
 """Loading a program: a module of its own, the user's modules at hand, and one sentence where it cannot be."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,12 @@ def test_an_edited_program_is_loaded_anew(tmp_path):
 def test_storage_is_sharded_over_all_that_sum_gradients_unless_the_program_says_so(tmp_path, change, sharded):
     program = load_program(copy_of(tmp_path, change))
     assert sharded == program.SHARDED
+
+
+@pytest.mark.parametrize("said", [True, False, None])
+def test_a_program_that_does_not_say_so_counts_on_no_compiler(tmp_path, said):
+    change = lambda text: re.sub(r"\nFUSED = .*", "", text) + ("" if said is None else f"\nFUSED = {said}\n")  # noqa: E731
+    assert load_program(copy_of(tmp_path, change)).FUSED is bool(said)
 
 
 def test_modules_of_the_working_directory_can_be_imported(tmp_path, monkeypatch):

@@ -13,7 +13,6 @@ import torch
 
 from seqloom.cost.hardware import Hardware
 from seqloom.errors import UserError
-from seqloom.ops.kernel_rates import ATTENTION_BACKWARD_RATIO as ATTENTION_BACKWARD_RATIO  # part of these prices
 
 
 def matmul_seconds(hardware: Hardware, m: int, n: int, k: int, dtype: torch.dtype) -> float:

@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from seqloom.cost.compute import ATTENTION_BACKWARD_RATIO
 from seqloom.cost.measure_clock import Clock
 from seqloom.ops import kernels as attention_kernels
 from seqloom.ops.fused import plain_attention
+from seqloom.ops.kernel_rates import ATTENTION_BACKWARD_RATIO
 from seqloom.ops.kernels import Kind
 
 KERNELS: Mapping[str, tuple[str, ...]] = {

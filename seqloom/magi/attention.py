@@ -20,7 +20,8 @@ from torch import Tensor
 
 from seqloom.magi.bands import Band
 from seqloom.magi.groupcast import Flight, Group, Way, add_rows_, group_cast, group_reduce
-from seqloom.magi.kernels import Final, Kernel, accumulate, determinism, merge_
+from seqloom.magi.kernels import Final, Kernel, determinism, merge_
+from seqloom.ops.precision import sum_dtype
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def _backward(
     returning = []
     for index, stage in enumerate(runtime.stages):
         received = flights.next(index)
-        d_received = received.new_zeros(received.shape, dtype=accumulate(received.dtype))
+        d_received = received.new_zeros(received.shape, dtype=sum_dtype(received.dtype))
         if stage.bands:
             d_stage, *d_remote = run(received[:, 0], received[:, 1], stage.bands)
             d_query += d_stage

@@ -22,7 +22,8 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 
 from seqloom.magi import table as tables
 from seqloom.magi.bands import Band
-from seqloom.magi.kernels import Final, Gradients, accumulate, no_gradients, nothing_yet
+from seqloom.magi.kernels import Final, Gradients, no_gradients, nothing_yet
+from seqloom.ops.precision import sum_dtype
 from seqloom.ops.transfer import to_device
 
 BLOCK = 128
@@ -52,7 +53,7 @@ class Flex:
         """As `Kernel.forward`."""
         if not bands:
             return nothing_yet(query)
-        dtype = accumulate(query.dtype)
+        dtype = sum_dtype(query.dtype)
         output, lse = _run(*map(_heads, (query, key, value)), tuple(bands), scale, softcap)
         return output[0].transpose(0, 1).to(dtype), lse[0].t().to(dtype)
 
@@ -61,7 +62,7 @@ class Flex:
         if not bands:
             return no_gradients(given)
         grad, query, key, value, _, lse, delta = given
-        dtype = accumulate(query.dtype)
+        dtype = sum_dtype(query.dtype)
         with recorded():
             leaves = [_heads(x).detach().requires_grad_() for x in (query, key, value)]
             own, own_lse = _run(*leaves, tuple(bands), scale, softcap)

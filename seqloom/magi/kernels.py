@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from seqloom.magi.bands import Band
+from seqloom.ops.precision import sum_dtype
 
 _TILE = 2**26  # scores at once, over all heads
 
@@ -51,15 +52,10 @@ class Kernel(Protocol):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, bands: Sequence[Band], scale: float, softcap: float
     ) -> tuple[Tensor, Tensor]:
-        """Output `[rows, heads_q, dim]` and log-sum-exp `[rows, heads_q]`, both in `accumulate(query.dtype)`."""
+        """Output `[rows, heads_q, dim]` and log-sum-exp `[rows, heads_q]`, both in `sum_dtype(query.dtype)`."""
 
     def backward(self, given: Final, bands: Sequence[Band], scale: float, softcap: float) -> Gradients:
-        """Gradients of query, key and value through these bands, in `accumulate(query.dtype)`."""
-
-
-def accumulate(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums: fp32 for half precision, otherwise the dtype itself."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+        """Gradients of query, key and value through these bands, in `sum_dtype(query.dtype)`."""
 
 
 @contextmanager
@@ -78,14 +74,14 @@ def determinism(wanted: bool) -> Iterator[None]:
 
 def nothing_yet(query: Tensor) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of no keys at all, to merge others into."""
-    dtype = accumulate(query.dtype)
+    dtype = sum_dtype(query.dtype)
     lse = torch.full(query.shape[:2], float("-inf"), dtype=dtype, device=query.device)
     return torch.zeros(query.shape, dtype=dtype, device=query.device), lse
 
 
 def no_gradients(given: Final) -> Gradients:
     """Zeros for the gradients of query, key and value, to add to."""
-    return tuple(torch.zeros(x.shape, dtype=accumulate(x.dtype), device=x.device) for x in given[1:4])
+    return tuple(torch.zeros(x.shape, dtype=sum_dtype(x.dtype), device=x.device) for x in given[1:4])
 
 
 def merge_(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
@@ -111,7 +107,7 @@ class Reference:
         self, query: Tensor, key: Tensor, value: Tensor, bands: Sequence[Band], scale: float, softcap: float
     ) -> tuple[Tensor, Tensor]:
         """As `Kernel.forward`."""
-        dtype = accumulate(query.dtype)
+        dtype = sum_dtype(query.dtype)
         output, lse = nothing_yet(query)
         for band in tiles(bands, query.shape[1]):
             rows, columns = slice(band.q_start, band.q_end), slice(band.k_start, band.k_end)
@@ -125,7 +121,7 @@ class Reference:
     def backward(self, given: Final, bands: Sequence[Band], scale: float, softcap: float) -> Gradients:
         """As `Kernel.backward`."""
         grad, query, key, value, _, lse, delta = given
-        dtype = accumulate(query.dtype)
+        dtype = sum_dtype(query.dtype)
         d_query, d_key, d_value = no_gradients(given)
         finite = lse.masked_fill(lse == float("-inf"), 0.0)
         for band in tiles(bands, query.shape[1]):

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from seqloom.magi.bands import Band
-from seqloom.magi.kernels import Final, Gradients, accumulate, no_gradients, nothing_yet
+from seqloom.magi.kernels import Final, Gradients, no_gradients, nothing_yet
 from seqloom.ops.installed import module, refused_on_gpu, refused_package
+from seqloom.ops.precision import sum_dtype
 from seqloom.ops.transfer import to_device
 
 PACKAGE = "magi_attention.functional.flex_flash_attn"
@@ -62,7 +63,7 @@ class Magi:
     def backward(self, given: Final, bands: Sequence[Band], scale: float, softcap: float) -> Gradients:
         """As `Kernel.backward`. The package finds `delta` again from gradient and output."""
         grad, query, key, value, output, lse, _ = given
-        dtype, found = accumulate(query.dtype), no_gradients(given)
+        dtype, found = sum_dtype(query.dtype), no_gradients(given)
         if bands:
             module(PACKAGE)._flex_flash_attn_backward(
                 dout=grad,

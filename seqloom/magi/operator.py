@@ -24,10 +24,10 @@ from torch.distributed import ProcessGroup
 from seqloom.errors import UserError
 from seqloom.magi import attention as engine
 from seqloom.magi.attention import Runtime
-from seqloom.magi.kernels import accumulate as precision
 from seqloom.magi.key import DistAttnRuntimeKey, make_key, most_recent_key, runtime_of
 from seqloom.magi.share import documents_mask, share, visible_pairs
 from seqloom.magi.windows import Windows
+from seqloom.ops.precision import sum_dtype
 from seqloom.ops.registry import register_op
 
 ALONE = ""  # the name of no group: this process alone
@@ -139,7 +139,7 @@ def _magi_forward(
 
 @_magi_forward.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, group: str, scale: float, softcap: float, window: int) -> tuple[Tensor, Tensor]:
-    return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=precision(query.dtype))
+    return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=sum_dtype(query.dtype))
 
 
 @torch.library.custom_op("seqloom::magi_backward", mutates_args=())

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from seqloom.magi.bands import Band
-from seqloom.magi.kernels import Final, Gradients, accumulate, merge_, no_gradients, nothing_yet
+from seqloom.magi.kernels import Final, Gradients, merge_, no_gradients, nothing_yet
 from seqloom.magi.pieces import Form, pieces
 from seqloom.ops.fused import kernel_for, run_backward, run_forward
 from seqloom.ops.kernels import ANY_SHAPE, KERNELS
+from seqloom.ops.precision import sum_dtype
 
 
 class Slices:
@@ -49,7 +50,7 @@ class Slices:
     def backward(self, given: Final, bands: Sequence[Band], scale: float, softcap: float) -> Gradients:
         """As `Kernel.backward`. The fused kernels find `delta` again from gradient and output."""
         grad, query, key, value, output, lse, _ = given
-        dtype, kernel = accumulate(query.dtype), _kernel(query, key)
+        dtype, kernel = sum_dtype(query.dtype), _kernel(query, key)
         d_query, d_key, d_value = no_gradients(given)
         for piece in (piece for band in bands for piece in pieces(band)):
             rows, columns = slice(piece.q_start, piece.q_end), slice(piece.k_start, piece.k_end)

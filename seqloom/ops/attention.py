@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from seqloom.errors import UserError
+from seqloom.ops.precision import sum_dtype
 from seqloom.ops.registry import register_op
 
 _CHUNK = 512
@@ -159,7 +160,7 @@ class _ChunkedAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
         ctx.options = options
         grouped = _group(query, key)
-        output, lse = torch.empty_like(grouped), grouped.new_empty(grouped.shape[:-1], dtype=_accumulate(query.dtype))
+        output, lse = torch.empty_like(grouped), grouped.new_empty(grouped.shape[:-1], dtype=sum_dtype(query.dtype))
         for rows, columns in _tiles(query, key, options):
             scores, _ = _scores(grouped, key, rows, columns, ctx.options)
             lse[..., rows] = scores.logsumexp(-1)
@@ -189,10 +190,6 @@ class _ChunkedAttention(torch.autograd.Function):
         return d_query.view(query.shape), d_key.to(key.dtype), d_value.to(value.dtype), None, None, None, None, None
 
 
-def _accumulate(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
 def _group(x: Tensor, key: Tensor) -> Tensor:
     """`[b, k * g, l, e] -> [b, k, g, l, e]`."""
     return x.unflatten(1, (key.shape[1], -1)).contiguous()
@@ -212,7 +209,7 @@ def _tiles(query: Tensor, key: Tensor, options: _Options) -> Iterator[tuple[slic
 def _scores(query: Tensor, key: Tensor, rows: slice, columns: slice, options: _Options) -> tuple[Tensor, Tensor | float]:
     """Masked, capped scores `[b, k, g, rows, columns]` and the derivative of the cap."""
     scale, causal, window, softcap, begin = options
-    dtype, slope = _accumulate(query.dtype), 1.0
+    dtype, slope = sum_dtype(query.dtype), 1.0
     scores = _times(query[..., rows, :].to(dtype), key[:, :, columns].to(dtype).transpose(-1, -2)) * scale
     if softcap is not None:
         capped = torch.tanh(scores / softcap)

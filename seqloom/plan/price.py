@@ -13,10 +13,11 @@ from functools import cached_property
 from math import prod
 
 from seqloom.cost.communication import AxisSpan, CollectiveKind, collective_seconds, wire_bytes
-from seqloom.cost.compute import ATTENTION_BACKWARD_RATIO, attention_seconds, bandwidth_seconds, matmul_seconds, pointwise_seconds
+from seqloom.cost.compute import attention_seconds, bandwidth_seconds, matmul_seconds, pointwise_seconds
 from seqloom.cost.hardware import Hardware
 from seqloom.graph import Graph, Node, Value
 from seqloom.ops.flops import flops, local_flops, matmul_side, workspace_bytes
+from seqloom.ops.kernel_rates import ATTENTION_BACKWARD_RATIO
 from seqloom.ops.saved import is_view
 from seqloom.plan.clusters import Cluster, DimClass
 from seqloom.plan.context import Exchange, exchange_of

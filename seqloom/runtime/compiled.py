@@ -29,7 +29,7 @@ Choice = Literal["auto", "on", "off"]
 
 def compile_as_asked(choice: Choice, model: nn.Module, program: Program, device: torch.device) -> bool:
     """Compile the blocks if `choice` is "on", or "auto" where the plan counts on it (`FUSED`) and the device is a GPU; says whether."""
-    wanted = choice == "on" or (choice == "auto" and getattr(program, "FUSED", False) and device.type == "cuda")
+    wanted = choice == "on" or (choice == "auto" and program.FUSED and device.type == "cuda")
     if wanted:
         compile_blocks(model, program)
     return wanted

@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from seqloom.cost.communication import wire_bytes
-from seqloom.cost.compute import ATTENTION_BACKWARD_RATIO
 from seqloom.cost.hardware import CollectiveKind
+from seqloom.ops.kernel_rates import ATTENTION_BACKWARD_RATIO
 from seqloom.runtime.phases import Phase
 
 RECOMPUTE = "recompute"

@@ -36,6 +36,7 @@ class Program(Protocol):
     TIED: Mapping[str, str]
     MODEL: type[nn.Module]
     BLOCKS: tuple[type[nn.Module], ...]
+    FUSED: bool
 
 
 def load_program(folder: Path | str) -> Program:
@@ -59,11 +60,13 @@ def load_program(folder: Path | str) -> Program:
     except Exception as error:
         del sys.modules[name]
         raise UserError(f"the program {path} cannot be loaded ({type(error).__name__}: {error}); mend it or compile it again") from error
-    missing = [field for field in Program.__annotations__ if field != "SHARDED" and not hasattr(module, field)]
+    missing = [field for field in Program.__annotations__ if field not in ("SHARDED", "FUSED") and not hasattr(module, field)]
     if missing:
         raise UserError(f"{path} is not a program of seqloom: it lacks {', '.join(missing)}; compile it again")
     if not hasattr(module, "SHARDED"):
         module.SHARDED = (DP, *module.SUM_GRADS) if module.ZERO else ()
+    if not hasattr(module, "FUSED"):
+        module.FUSED = False  # programs of a time when plans counted on no compiler
     _check_storage(module, path)
     return module
 
