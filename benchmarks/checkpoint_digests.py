@@ -14,9 +14,7 @@ meant to be: under 1.05 for save and load, where the disk and not the copying ta
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import shutil
 import statistics
 import tempfile
@@ -27,12 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jobs import keep, machine
 
 from seqloom.checkpoint import digest
 from seqloom.checkpoint.read import load_checkpoint
 from seqloom.checkpoint.write import save_checkpoint
 
-RESULT = Path(__file__).resolve().parent / "results" / "checkpoint_digests.json"
 LAYERS, ROWS, COLUMNS, STATES = 20, 4096, 1024, 3
 REPEATS = 20
 
@@ -40,10 +38,10 @@ REPEATS = 20
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help=f"keep the figures in {RESULT.name}")
+    parser.add_argument("--write", action="store_true", help="keep the figures in results/checkpoint_digests.json")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where to save: choose the disk to measure")
     args = parser.parse_args()
-    load = os.getloadavg()[0]
+    where = machine()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="seqloom-digests-", dir=args.folder) as folder:
         cases = measure(Path(folder))
@@ -51,9 +49,8 @@ def main() -> None:
     for name, case in cases.items():
         print(f"{name:14}{case['with_s']:9.3f}{case['without_s']:11.3f}{case['ratio']:8.3f}{case['gb_per_s_with']:11.2f}")
     if args.write:
-        machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "load_before": load}
-        content = {"machine": machine, "torch": torch.__version__, "hash": digest.HASH, "gigabytes": nbytes() / 1e9, "repeats": REPEATS}
-        RESULT.write_text(json.dumps({**content, "cases": cases}, indent=2) + "\n", encoding="utf-8")
+        content = {"machine": where, "torch": torch.__version__, "hash": digest.HASH, "gigabytes": nbytes() / 1e9, "repeats": REPEATS}
+        keep("checkpoint_digests", {**content, "cases": cases})
 
 
 def nbytes() -> int:

@@ -20,7 +20,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jobs import keep, machine
 
 from seqloom.checkpoint import folders
 from seqloom.checkpoint.digest import BlockHasher
@@ -41,7 +41,6 @@ from seqloom.checkpoint.tensorfile import TensorFileWriter, TensorInfo
 from seqloom.checkpoint.write import MAX_FILE_BYTES
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULT = ROOT / "benchmarks" / "results" / "checkpoint_merge.json"
 RANKS, STEP = 8, 1000
 MOMENTS = ("exp_avg", "exp_avg_sq")
 POOL = torch.randn(2**24 + 3, generator=torch.Generator().manual_seed(0)) * 0.02
@@ -53,18 +52,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama3_8b", help="a name in configs/models of the Llama family")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where there is room")
-    parser.add_argument("--write", action="store_true", help=f"keep the figures in {RESULT.name}")
+    parser.add_argument("--write", action="store_true", help="keep the figures in results/checkpoint_merge.json")
     args = parser.parse_args()
     config = json.loads((ROOT / "configs" / "models" / f"{args.model}.json").read_text(encoding="utf-8"))
-    load = os.getloadavg()[0]
+    where = machine()
     with tempfile.TemporaryDirectory(prefix="seqloom-merge-", dir=args.folder) as folder:
         found = measure(Path(folder), config)
     for name, value in found.items():
         print(f"{name:32}{value}")
     if args.write:
-        machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "load_before": load}
-        content = {"machine": machine, "torch": torch.__version__, "model": args.model, "ranks": RANKS, **found}
-        RESULT.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        content = {"machine": where, "torch": torch.__version__, "model": args.model, "ranks": RANKS, **found}
+        keep("checkpoint_merge", content)
     sys.exit(0 if found["equal"] and found["peak_gb"] < 4 else 1)
 
 

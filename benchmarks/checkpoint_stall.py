@@ -12,9 +12,7 @@ products with nothing beside them. Saves in the background and before the step a
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import shutil
 import statistics
 import tempfile
@@ -25,11 +23,11 @@ from typing import Any
 
 import torch
 from checkpoint_digests import nbytes, state
+from jobs import keep, machine
 
 from seqloom.checkpoint.background import Saver
 from seqloom.checkpoint.write import Beside
 
-RESULT = Path(__file__).resolve().parent / "results" / "checkpoint_stall.json"
 REPEATS = 7
 SIZE, PRODUCTS = 1024, 10
 
@@ -37,10 +35,10 @@ SIZE, PRODUCTS = 1024, 10
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help=f"keep the figures in {RESULT.name}")
+    parser.add_argument("--write", action="store_true", help="keep the figures in results/checkpoint_stall.json")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where to save: choose the disk to measure")
     args = parser.parse_args()
-    load = os.getloadavg()[0]
+    where = machine()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="seqloom-stall-", dir=args.folder) as folder:
         found = measure(Path(folder))
@@ -49,9 +47,8 @@ def main() -> None:
     print(f"first save in the background    {found['first_stall_s']:.3f} s: it makes the buffers")
     print(f"steps beside                    {found['steps_beside_ratio']:.2f} x as long while it is written ({found['written_s']:.3f} s)")
     if args.write:
-        machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "load_before": load}
-        content = {"machine": machine, "torch": torch.__version__, "gigabytes": nbytes() / 1e9, "repeats": REPEATS, **found}
-        RESULT.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        content = {"machine": where, "torch": torch.__version__, "gigabytes": nbytes() / 1e9, "repeats": REPEATS, **found}
+        keep("checkpoint_stall", content)
 
 
 def measure(folder: Path) -> dict[str, Any]:

@@ -14,7 +14,6 @@ cores' work stand beside seconds of the clock: they say the same on a machine th
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -26,6 +25,7 @@ from typing import Any
 
 import datasets
 import tokenizers
+from jobs import keep, machine
 from transformers import PreTrainedTokenizerBase
 
 from seqloom.data.build import build
@@ -33,7 +33,6 @@ from seqloom.data.corpora import Corpus, load_corpus
 from seqloom.data.settings import Settings
 from seqloom.data.tokenizer import load_tokenizer, train_tokenizer
 
-RESULT = Path(__file__).resolve().parent / "results" / "data_preparation.json"
 REPEATS = 3
 VOCAB, SEQ_LEN = 4096, 4096
 
@@ -41,10 +40,10 @@ VOCAB, SEQ_LEN = 4096, 4096
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help=f"keep the figures in {RESULT.name}")
+    parser.add_argument("--write", action="store_true", help="keep the figures in results/data_preparation.json")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where to write: choose the disk to measure")
     args = parser.parse_args()
-    load = os.getloadavg()[0]
+    where = machine()
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory(prefix="seqloom-data-", dir=args.folder) as folder:
         found = measure(Path(folder))
@@ -55,10 +54,9 @@ def main() -> None:
     print(f"ratio                  {found['ratio']:6.2f}   {found['cpu_ratio']:6.2f}   prepare / map")
     print(f"with the tokenizer     {found['total_s']:6.1f} s from nothing to the finished data set")
     if args.write:
-        machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "load_before": load}
         versions = {"datasets": datasets.__version__, "tokenizers": tokenizers.__version__, "python": platform.python_version()}
-        content = {"machine": machine, **versions, "repeats": REPEATS, "vocab": VOCAB, "seq_len": SEQ_LEN, **found}
-        RESULT.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        content = {"machine": where, **versions, "repeats": REPEATS, "vocab": VOCAB, "seq_len": SEQ_LEN, **found}
+        keep("data_preparation", content)
 
 
 def measure(folder: Path) -> dict[str, Any]:

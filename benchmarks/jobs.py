@@ -33,7 +33,7 @@ def machine() -> dict[str, Any]:
 
 def keep(name: str, content: dict[str, Any]) -> None:
     """Write a result to `results/<name>.json`."""
-    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def text_and_model(folder: Path, seq_len: int, pack: str = "documents", **sizes: int) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from jobs import keep, machine
 from torch import Tensor
 
 from seqloom.magi import masks
@@ -38,7 +38,6 @@ from seqloom.magi.slices import Slices
 from seqloom.runtime.collectives import all_gather, all_to_all
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULT = ROOT / "benchmarks" / "results" / "magi_modes.json"
 ROWS, HEADS, KV_HEADS, DIM = 4096, 8, 4, 64
 RANKS, REPEATS, ELEMENT = (2, 4), 5, 4
 DOCUMENTS = (1024, 256, 1024, 128, 640, 256, 768)
@@ -53,23 +52,22 @@ Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
 def main() -> None:
     """Measure both numbers of processes and print a table; with `--figures` be one of the processes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help=f"keep the figures in {RESULT.name}")
+    parser.add_argument("--write", action="store_true", help="keep the figures in results/magi_modes.json")
     parser.add_argument("--figures", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.figures is not None:
         measure(args.figures)
         return
-    load = os.getloadavg()[0]
+    where = machine()
     cases = [case for ranks in RANKS for case in started(ranks)]
     print(f"{'ranks':>5} {'mask':15}{'mode':10}{'ms':>9}{'ratio':>7}{'MB':>8}{'ratio':>7}{'apart':>10}")
     for case in cases:
         times = f"{case['ms']:9.1f}{case['ms_ratio']:7.2f}{case['megabytes']:8.2f}{case['megabytes_ratio']:7.2f}"
         print(f"{case['ranks']:5} {case['mask']:15}{case['mode']:10}{times}{case['apart']:10.1e}")
     if args.write:
-        machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "load_before": load}
         shape = {"rows": ROWS, "heads": HEADS, "kv_heads": KV_HEADS, "head_dim": DIM, "dtype": "float32", "threads_a_process": 1}
-        content = {"machine": machine, "torch": torch.__version__, **shape, "repeats": REPEATS, "cases": cases}
-        RESULT.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        content = {"machine": where, "torch": torch.__version__, **shape, "repeats": REPEATS, "cases": cases}
+        keep("magi_modes", content)
 
 
 def started(ranks: int) -> list[dict[str, Any]]:
