@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import resource
 from dataclasses import astuple, dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 GIB = 2**30
-_MAXRSS_BYTES = 1024
+KIB_IN_GIB = 2**20
+_STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,13 @@ def agree(word: Word) -> Word:
 
 def peak_memory_gib(device: torch.device) -> float:
     """Most memory this rank has held so far, in GiB: allocated on its GPU, or resident on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / GIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_BYTES / GIB
+    return torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else peak_resident_gib()
+
+
+def peak_resident_gib() -> float:
+    """Most memory of this process that was resident, in GiB: where Linux tells it, without what its parent held (`getrusage` counts that)."""
+    if _STATUS.exists():
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / KIB_IN_GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / KIB_IN_GIB
