@@ -46,7 +46,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def peak_resident_gib() -> float:
-    """Most memory of this process that was resident, in GiB: where Linux tells it, without what its parent held (`getrusage` counts that)."""
+    """Most memory of this process that was resident, in GiB: where Linux tells it, without its parent's (`getrusage` counts that)."""
     if _STATUS.exists():
         for line in _STATUS.read_text().splitlines():
             if line.startswith("VmHWM:"):
