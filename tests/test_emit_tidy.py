@@ -89,3 +89,9 @@ def test_fit_loses_nothing(width):
     lines = ["x = 1  # one", "for y in z:", "    w = y  # two"]
     joined = " ".join(fit(lines, 8, width))
     assert all(word in joined for line in lines for word in line.split())
+
+
+def test_a_long_name_costs_no_more_than_a_short_one():
+    """Once, the time to read a line that assigns nothing doubled with every letter of its first name."""
+    name = "x" * 500
+    assert tidy([name], [f"{name}_1 = f({name})"], [f"{name}_1"]) == ([name], [f"return f({name})"])

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 _IDENTIFIER = re.compile(r"(?<![\w.])([A-Za-z_]\w*)(?!\w*\s*=[^=])")
-_TARGETS = re.compile(r"^((?:[A-Za-z_]\w*(?:, )?)+) = (.*)$", re.DOTALL)
+_TARGETS = re.compile(r"^([A-Za-z_]\w*(?:, [A-Za-z_]\w*)*) = (.*)$", re.DOTALL)
 _COUNTED = re.compile(r"^(.*?)_\d+$")
 COMMENT = "  # "
 
