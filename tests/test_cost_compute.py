@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seqloom.cost.compute import (
-    ATTENTION_BACKWARD_RATIO,
     attention_seconds,
     bandwidth_seconds,
     exposed_seconds,
@@ -20,6 +19,7 @@ from seqloom.cost.compute import (
 from seqloom.cost.hardware import Arithmetic, Hardware, hardware_names, load_hardware
 from seqloom.cost.mfu import forward_flops, mfu, step_flops
 from seqloom.errors import UserError
+from seqloom.ops.kernel_rates import ATTENTION_BACKWARD_RATIO
 
 H100 = load_hardware("h100-80gb")
 MACHINES = [load_hardware(name) for name in hardware_names()]

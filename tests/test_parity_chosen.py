@@ -173,7 +173,7 @@ def draw(case: Drawn) -> Decisions:
         for column in columns.values():
             program.upper[column] = 2.0  # of three layers: no segment does the same in all of them
     program.costs = [generator.random() if binary else 0.0 for binary in program.integer]
-    solution = program.solve(relaxed=False, time_limit=30, gap=0.2)
+    solution = program.solve(relaxed=False, time_limit=30, gap=1.0)  # far from best is random too, and found at once
     assert solution is not None
     return _decisions(problem, storage, solution)
 
