@@ -7,6 +7,7 @@ let FSDP2 hold blocks and root over the axes of SHARDED; allocate this rank's pi
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,10 +94,14 @@ def _fully_shard(model: nn.Module, program: Program, mesh: DeviceMesh, param_dty
             cast_forward_inputs=False,
         ),
     }
-    for block in [module for module in model.modules() if isinstance(module, program.BLOCKS)]:
+    blocks = [module for module in model.modules() if isinstance(module, program.BLOCKS)]
+    for block in blocks:
         fully_shard(block, reshard_after_forward=program.ZERO == 3, **options)
     # The root's parameters (embedding, head) are needed again as soon as the backward begins: never reshard them after the forward.
     fully_shard(model, reshard_after_forward=False, **options)
+    # A block's gather begins in front of the block before it, also where the host is not ahead of the device; FSDP2 itself does so backward.
+    for before, block in itertools.pairwise([model, *blocks]):
+        before.set_modules_to_forward_prefetch([block])
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
