@@ -1,8 +1,8 @@
 """`python -m seqloom dryrun`: the emitted program of a rank at full size on fake tensors, with no GPU and no memory.
 
-Forward, backward and optimizer of two steps run under `FakeTensorMode` in a fake process group: every shape, dtype and collective of the
-program is exercised. Bytes are counted as they come and go (`live_bytes`), operations and bytes sent as they happen (`counting`). The
-figures are set beside the plan's and written to `dryrun.json`.
+Forward, backward and optimizer of two steps, the first of one micro-batch, run under `FakeTensorMode` in a fake process group: every shape,
+dtype and collective of the program is exercised. Bytes are counted as they come and go (`live_bytes`), operations and bytes sent as they
+happen (`counting`). The figures are set beside the plan's and written to `dryrun.json`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from seqloom.runtime.program import Program, load_program
 from seqloom.runtime.simulated import fake_job
 
 GIB = 2.0**30
-STEPS = 2
 TOLERANCE = 0.1  # of the dry run's peak: a prediction further off is an error
 ALL_RANKS = 4  # so many ranks are all run; of more, the first and the last
 RESULT = "dryrun.json"
@@ -66,7 +65,8 @@ def run(folder: Path, rank: int | None = None) -> int:
     results = [dry_run(folder, index) for index in chosen]
     (folder / RESULT).write_text(json.dumps(document(plan, results), indent=1) + "\n", encoding="utf-8")
     count = plan["grad_accumulation_steps"]
-    print(f"{STEPS} steps on fake tensors, {count} micro-batch{'es' * (count > 1)} each, of {_named(chosen, ranks)}")
+    micro_batches = "1 micro-batch each" if count == 1 else f"the first of 1 micro-batch, the second of {count}"
+    print(f"2 steps on fake tensors, {micro_batches}, of {_named(chosen, ranks)}")
     print(table(rows(plan, results), [f"rank {result.rank}" for result in results]))
     problem = verdict(plan, results)
     if problem:
@@ -121,9 +121,9 @@ def _steps(program: Program, dp: int, rank: int, dtype: torch.dtype, accumulatio
     with FakeTensorMode(allow_non_fake_inputs=True), work, work.recomputation(), live, live.resizes():
         model.to_empty(device=device)
         optimizer = build_optimizer(model, lr=1e-4)
-        for _ in range(STEPS):
+        for micro_batches in (1, accumulation):  # the first makes the optimizer's states, the second is what is told
             work.clear()
-            run_step(model, program, mesh, optimizer, [batch] * accumulation, device, enter)
+            run_step(model, program, mesh, optimizer, [batch] * micro_batches, device, enter)
             live.hold([*model.parameters(), *model.buffers(), *optimizer_state(optimizer)], "states")
             gc.collect()  # autograd graphs hold circles; a real step's memory is long reused by then
     return DryRun(rank, live.peak, live.parts(), live.alive, live.host_peak, work.flops, work.sent)

@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from seqloom.runtime.counting import DEVICE
 from seqloom.runtime.phases import Phase
 
 PARTS = ("states", "gathered", "gradients", "activations", "working")
@@ -59,6 +60,8 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Run the operator and count the storages of its results; of a DTensor's only the local piece exists."""
+        if func is DEVICE:
+            return args[0].fake_device
         results = func(*args, **(kwargs or {}))
         name = func._schema.name if isinstance(func, torch._ops.OpOverload) else ""
         for tensor in tree_leaves(results):

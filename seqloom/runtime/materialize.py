@@ -99,7 +99,7 @@ def _fully_shard(model: nn.Module, program: Program, mesh: DeviceMesh, param_dty
         fully_shard(block, reshard_after_forward=program.ZERO == 3, **options)
     # The root's parameters (embedding, head) are needed again as soon as the backward begins: never reshard them after the forward.
     fully_shard(model, reshard_after_forward=False, **options)
-    # A block's gather begins in front of the block before it, also where the host is not ahead of the device; FSDP2 itself does so backward.
+    # A block is gathered in front of the block before it, also where the host is not ahead of the device; backward FSDP2 does so itself.
     for before, block in itertools.pairwise([model, *blocks]):
         before.set_modules_to_forward_prefetch([block])
     for module in model.modules():
