@@ -151,5 +151,5 @@ def test_the_number_of_ranks_that_a_refusal_names_does_fit():
     with pytest.raises(UserError, match=r"GiB short; .* what would fit: --plan_ngpus \d+ or devices of") as caught:
         solve(regions, request(1, hardware))
     ranks = int(re.search(r"--plan_ngpus (\d+)", str(caught.value))[1])
-    _, _, found, _ = planned(regions, request(ranks, hardware))
+    _, _, found, _ = planned(regions, request(ranks, hardware, zero=3, force=f"tp{ranks}"))  # one of them does; which is best takes longer
     assert found.peak_bytes <= hardware.usable_bytes

@@ -32,8 +32,12 @@ CASES = [  # family, force, ranks, ZeRO, micro-batches, share of the memory that
 ]
 
 
-@functools.cache
 def planned(family: str, force: str | None, ranks: int, zero: int | None, accumulation: int, share: float, overlap: float = 1.0) -> Plan:
+    return _planned(family, force, ranks, zero, accumulation, share, overlap)
+
+
+@functools.cache
+def _planned(family: str, force: str | None, ranks: int, zero: int | None, accumulation: int, share: float, overlap: float) -> Plan:
     regions, hardware = tiny(family, 3, 2, 256), dataclasses.replace(TOY, rates=dataclasses.replace(TOY.rates, overlap=overlap))
     if share < 1:
         hardware = with_usable_bytes(hardware, share * evaluate(planned(family, force, ranks, zero, accumulation, 4.0)).peak_bytes)

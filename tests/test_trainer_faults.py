@@ -344,7 +344,7 @@ def test_a_run_whose_ranks_are_killed_again_and_again_is_the_unbroken_run(job):
     run_ranks(trained, 2, job, {**changes, "name": "unbroken", "checkpoint_every": 200}, timeout=200)
     generator, restarts, step = random.Random(0), 0, 0
     while True:
-        step += generator.randint(8, 30)
+        step += generator.randint(14, 34)
         try:
             run_ranks(_until_killed, 2, job, {**changes, "name": "broken"}, restarts, restarts % 2, step, timeout=120)
             break
@@ -352,7 +352,7 @@ def test_a_run_whose_ranks_are_killed_again_and_again_is_the_unbroken_run(job):
             assert "exit code -9" in str(error) or "gloo" in str(error) or "closed" in str(error), error
             restarts += 1
             step = folders.steps(job / "checkpoints/broken")[-1] if folders.steps(job / "checkpoints/broken") else 0
-    assert restarts >= 8
+    assert restarts >= 6
     assert numbers(job, "broken") == numbers(job, "unbroken")
     assert same(job / "checkpoints/broken/step-200", job / "checkpoints/unbroken/step-200")
 
