@@ -6,9 +6,11 @@ its result. What decides a figure (ratios, verdicts, the search for the longest 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +20,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from seqloom.cost.hardware import AttentionRate, load_hardware, parse_hardware, to_json
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "benchmarks" / "gpu"
@@ -127,6 +131,54 @@ def test_other_makers_kernels_are_given_the_same_work(monkeypatch: pytest.Monkey
             torch.testing.assert_close(make()(*inputs[operator]), expected)
 
 
+def test_hardware(result: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    found = result("hardware")
+    figures = {row["figure"]: row for row in found["figures"]}
+    assert figures["float32 matmul 16, TFLOPS"]["ratio"] > 0 and figures["float32 matmul 64, TFLOPS"]["described"] is None
+    assert parse_hardware(json.dumps(found["hardware"]), "measured").name == found["name"] == "cpu"
+    with pytest.raises(SystemExit, match="toy size"):
+        script("hardware").apply(found, tmp_path)
+
+
+def test_measured_rates_reach_the_descriptions(tmp_path: Path) -> None:
+    """Of H200 and H100, which share their arithmetic units; what was not measured stays, behind what was."""
+    for name in ("h100-80gb", "h200-141gb"):
+        shutil.copy(ROOT / "configs" / "hardware" / f"{name}.json", tmp_path)
+    before = {name: load_hardware(tmp_path / f"{name}.json") for name in ("h100-80gb", "h200-141gb")}
+    measured = dataclasses.replace(
+        before["h200-141gb"],
+        launch_overhead_s=3e-6,
+        host_link_bandwidth=4e10,
+        rates=dataclasses.replace(
+            before["h200-141gb"].rates,
+            matmul=((16, 0.04), (8192, 0.8)),
+            attention={"cudnn": AttentionRate(0.625, 0.5), "flash2": AttentionRate(0.375, 0.25), "math": AttentionRate(0.01, 0.01)},
+            pointwise=0.9,
+        ),
+    )
+    machine = {"device": "NVIDIA H200", "torch": "2.11.0", "date": "2026-11-22T12:00:00+00:00"}
+    result = {"toy": False, "name": "h200-141gb", "machine": machine, "hardware": json.loads(to_json(measured))}
+    files = script("hardware").apply(result, tmp_path)
+    assert [file.stem for file in files] == ["h200-141gb", "h100-80gb"]
+    script("hardware").apply(result, tmp_path)  # a second time changes nothing
+    for name, was in before.items():
+        now = load_hardware(tmp_path / f"{name}.json")
+        assert (now.rates.matmul, now.rates.pointwise, now.launch_overhead_s) == (measured.rates.matmul, 0.9, 3e-6)
+        assert list(now.rates.attention) == ["cudnn", "flash2", "math", "flash3", "flex"]
+        assert now.rates.attention["cudnn"] == AttentionRate(0.625, 0.5) and now.rates.attention["flash3"] == was.rates.attention["flash3"]
+        assert (now.peak_flops, now.memory_bandwidth, now.links, now.memory_bytes) == (
+            was.peak_flops,
+            was.memory_bandwidth,
+            was.links,
+            was.memory_bytes,
+        )
+        assert now.host_link_bandwidth == (4e10 if name == "h200-141gb" else was.host_link_bandwidth)
+        (told,) = [line for line in now.sources if line.startswith("Measured rates")]
+        assert "NVIDIA H200, PyTorch 2.11.0" in told and "as described before: flash3, flex" in told
+        assert ("the same arithmetic units" in told) == (name == "h100-80gb")
+        assert not any(line.startswith(("matmul:", "attention:", "pointwise:")) for line in now.sources)
+
+
 def test_rehearsal(result: Callable[..., dict[str, Any]]) -> None:
     found = result("rehearse_8b_128k", "--steps", "2")
     assert found["ranks"].keys() == {"0", "1"}
@@ -178,7 +230,7 @@ def test_all_goes_on_where_a_script_fails(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 def test_every_script_is_in_all() -> None:
     named = {words[0] for words in script("all").SCRIPTS.values()}
-    assert named == {path.name for path in FOLDER.glob("*.py")} - {"all.py", "workbench.py", "contenders.py"}
+    assert named == {path.name for path in FOLDER.glob("*.py") if "__main__" in path.read_text(encoding="utf-8")} - {"all.py"}
 
 
 def test_a_try_that_fails_says_why(tmp_path: Path) -> None:

@@ -21,8 +21,10 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "results" / "gpu"
 LIMIT_S = 480.0
 MARGIN_S = 20.0  # a script is told to be done so long before it is ended
-SCRIPTS = {  # in the order in which their figures are wanted most
+SCRIPTS = {  # in the order in which their figures are wanted most; FOLDER is where results are kept
     "rehearse_8b_128k": ("rehearse_8b_128k.py",),
+    "hardware": ("hardware.py",),
+    "rehearse_measured": ("rehearse_8b_128k.py", "--hardware", "FOLDER/measured.json"),  # the planner with what was measured just now
     "kernels": ("kernels.py",),
     "head_to_head": ("head_to_head.py",),
     "head_to_head_loss": ("head_to_head.py", "--loss"),
@@ -49,7 +51,7 @@ def main() -> int:
 
 def run(name: str, folder: Path, limit_s: float, toy: bool) -> tuple[str, float, str]:
     """One script: its name, its seconds, how it ended."""
-    script, *flags = SCRIPTS[name]
+    script, *flags = (word.replace("FOLDER", str(folder)) for word in SCRIPTS[name])
     words = [*flags, "--out", str(folder / f"{name}.json"), "--limit_s", str(max(1.0, limit_s - MARGIN_S)), *(["--toy"] if toy else [])]
     print(f"\n== {name}", flush=True)
     began = time.monotonic()

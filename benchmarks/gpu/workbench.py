@@ -1,7 +1,7 @@
 """What the benchmarks for one GPU share: the device and its facts, a try in a process of its own, compiling, the table, the result file.
 
-Role: `kernels.py`, `rehearse_8b_128k.py`, `head_to_head.py` and `longest.py` import it, and through it find seqloom where it is not
-installed. A device machine may lack `datasets`, `tyro` and `ruff`: nothing here needs them. Without a GPU everything runs at toy size.
+Role: `hardware.py`, `kernels.py`, `rehearse_8b_128k.py`, `head_to_head.py` and `longest.py` import it, and through it find seqloom where it
+is not installed. A device machine may lack `datasets`, `tyro` and `ruff`: nothing here needs them. Without a GPU all runs at toy size.
 """
 
 from __future__ import annotations
@@ -75,9 +75,14 @@ class Bench:
         """The same as a flag of the compiler."""
         return "bf16" if self.device.type == "cuda" else "fp32"
 
+    @property
+    def place(self) -> Path | None:
+        """The file of the result, None where it is not kept."""
+        return self.out or (RESULTS / f"{self.name}.json" if self.write else None)
+
     def keep(self, content: Mapping[str, Any]) -> None:
         """Write the result, with the machine's facts in front. Scripts call it as they go: what was measured survives a kill."""
-        place = self.out or (RESULTS / f"{self.name}.json" if self.write else None)
+        place = self.place
         if place is None:
             return
         place.parent.mkdir(parents=True, exist_ok=True)
